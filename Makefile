@@ -1,0 +1,63 @@
+# The front door. `make` alone prints this help; every target's text stands behind its ##.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+NAME ?=
+
+# Stages are run as plain `python`, also in folders of queued experiments: the environment comes first on PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help all test test-fast lint recipe status clean lock setup
+
+help:  ## Print this help.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+all: setup  ## Set up, run every stage whose inputs changed, and print a summary.
+	@$(PY) -m dvc repro
+	@$(PY) -m stages.summary
+
+test: setup  ## Set up and run all tests.
+	@$(PY) -m pytest
+
+test-fast: setup  ## Set up and run the tests that take no more than a minute together.
+	@$(PY) -m pytest -m "not slow"
+
+lint: setup  ## Check style (ruff) and types (mypy).
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+recipe: setup  ## Put recipes/NAME.yaml in place of params.yaml: make recipe NAME=phi2-oasst1
+	@$(PY) -m stages.recipe $(NAME)
+
+status: setup  ## Say which stages would run, and print the last summary.
+	@$(PY) -m dvc status
+	@$(PY) -m stages.summary
+
+clean:  ## Remove caches and half-made outputs; nothing that took work to make.
+	@find . -path ./$(VENV) -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \
+		\( -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache -o -name .mypy_cache -o -name .hypothesis \
+		-o -name '.*.partial' \) -print0 | xargs -0 rm -rf
+	@rm -rf build dvc_plots
+
+lock: requirements.txt  ## Make requirements.lock anew from requirements.txt, at today's versions.
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; $(PYTHON) -m venv "$$folder"; \
+		"$$folder/bin/python" -m pip install -qq --requirement requirements.txt; \
+		{ echo "# Made by \`make lock\`. What torch itself needs (its CUDA packages, where it is a CUDA build) is left to it."; \
+		"$$folder/bin/python" -m pip freeze --quiet | sed -E 's/[+]cpu$$//' | grep -vE '^(nvidia|cuda|triton)'; } > .lock.partial; \
+		mv .lock.partial requirements.lock
+	@echo "requirements.lock: $$(grep -c == requirements.lock) packages"
+
+setup: $(INSTALLED)
+
+# Only when the lock is newer than the last finished installation.
+$(INSTALLED): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+		f"error: Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	@echo "Installing $$(grep -c == requirements.lock) pinned packages into $(VENV) (once, a few minutes)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -m pip install -qq --requirement requirements.lock
+	@touch $(INSTALLED)

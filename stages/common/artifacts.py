@@ -1,0 +1,90 @@
+"""Writing outputs whole or not at all, and always the same bytes for the same content."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.common.errors import StageError
+
+
+@contextmanager
+def write_whole(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; move what was made there into place only if the block succeeds.
+
+    The block creates the path itself, as a file or as a folder. The temporary name is fixed, so whatever a killed
+    run left behind is removed by the next one.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        _remove(target)
+        partial.rename(target)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise StageError(f"{target}: the disk is full. Free some space and run `dvc repro` again.") from error
+        raise
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with write_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with keys in the order given: the order of a report is part of what it says."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that an earlier stage wrote. Raises StageError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing. Run `dvc repro` to make it.") from None
+    except ValueError as error:
+        raise StageError(f"{path} is not valid JSON ({error}). Delete it and run `dvc repro`.") from None
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read a parquet file that an earlier stage wrote. Raises StageError when it is missing or damaged."""
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing. Run `dvc repro` to make it.") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise StageError(f"{path} cannot be read ({reason}). Delete it and run `dvc repro`.") from None
+
+
+def digest_files(paths: list[Path]) -> str:
+    """SHA-256 over the names and contents of files and folders (hex), independent of where the project stands."""
+    total = hashlib.sha256()
+    for root in paths:
+        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+        for file in files:
+            name = file.relative_to(root.parent).as_posix()
+            total.update(f"{sha256_file(file)}  {name}\n".encode())
+    return total.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content (hex)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

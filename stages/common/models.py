@@ -1,0 +1,97 @@
+"""Loading models and tokenizers the same way in every stage, on a GPU or a CPU."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.common.errors import StageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def quantization_config(quant_type: str, double_quant: bool, compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """The 4-bit configuration of QLoRA (https://arxiv.org/abs/2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_model(
+    folder: Path,
+    dtype: "torch.dtype",
+    *,
+    quantization: "BitsAndBytesConfig | None" = None,
+    attn_implementation: str = "sdpa",
+) -> "PreTrainedModel":
+    """A causal language model from a folder of safetensors, on the GPU if there is one.
+
+    `dtype` is that of the weights that are not quantised. Raises StageError when the folder is no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=attn_implementation,
+            device_map={"": 0} if torch.cuda.is_available() else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(f"{folder} cannot be loaded as a causal language model ({reason}).") from error
+    for module in model.modules():
+        # On a CPU with AVX-512 BF16, bitsandbytes would repack the weights at the first evaluation, for good, into a
+        # form without autograd: the training after it would silently lose its gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """A tokenizer that the tokenize stage has given its template, end token and padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise StageError(f"{folder} holds no tokenizer ({str(error).splitlines()[0]}). Run `dvc repro`.") from error
+
+
+def linear_layers(folder: Path) -> list[str]:
+    """The names a LoRA target may have in the model in `folder`: those of its linear layers but the output layer.
+
+    Reads the configuration only; no weights are loaded.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    output = model.get_output_embeddings()
+    names = [
+        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output
+    ]
+    return list(dict.fromkeys(names))
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """`float32`, `bfloat16` or `float16` as torch's type."""
+    import torch
+
+    dtype: Any = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

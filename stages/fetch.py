@@ -1,0 +1,88 @@
+"""Fetch the pinned data set and the base model.
+
+Reads the two sources that params.yaml names (and data/sample, data/local for local ones).
+Writes data/raw/ (the data set's files, untouched) and models/base/ (safetensors, tokenizer, config), each with a
+source.json that says where it came from. Run: `dvc repro fetch`
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from stages.common.artifacts import write_json, write_whole
+from stages.common.errors import StageError, run_stage
+from stages.common.params import load_params
+from stages.common.sources import Source, parse_source
+
+RAW = Path("data/raw")
+BASE = Path("models/base")
+
+
+def convert_gguf(folder: Path) -> None:
+    """Replace the GGUF file in `folder`, if there is one, by safetensors (bfloat16), config and tokenizer."""
+    files = list(folder.glob("*.gguf"))
+    if not files:
+        return
+    if len(files) > 1:
+        raise StageError(f"{folder} holds {len(files)} GGUF files; name the one you mean.")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    print(f"fetch: converting {files[0].name} to safetensors", flush=True)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    # A model loaded from GGUF refuses save_pretrained, and its config claims to be quantised.
+    config = loaded.config
+    for name in ("quantization_config", "_name_or_path"):
+        if hasattr(config, name):
+            delattr(config, name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files[0].unlink()
+
+
+def check_model(folder: Path, source: Source) -> None:
+    """Raise StageError unless `folder` holds what the later stages load: config, tokenizer and safetensors."""
+    for pattern in ("config.json", "*.safetensors", "tokenizer*.json"):
+        if not list(folder.glob(pattern)):
+            raise StageError(f"{source.text} has no {pattern}: it is not a causal language model saved as safetensors.")
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the files state: the front matter of README.md, or the first words of a LICENSE file."""
+    readme = folder / "README.md"
+    if readme.is_file() and (match := re.search(r"^license: *(\S+)", readme.read_text(encoding="utf-8"), re.MULTILINE)):
+        return match[1].lower()
+    for file in sorted(folder.glob("LICEN*")):
+        words = " ".join(file.read_text(encoding="utf-8").split())
+        for name, opening in (("apache-2.0", "Apache License Version 2.0"), ("mit", "MIT License")):
+            if words.startswith(opening):
+                return name
+    return None
+
+
+def describe(source: Source, folder: Path) -> dict[str, Any]:
+    """What a model card says of a source: its text, its pin, its licence (None where the files state none)."""
+    return {"source": source.text, "revision": source.revision, "license": licence_of(folder)}
+
+
+def main() -> None:
+    params = load_params("fetch")
+    dataset = parse_source(params.dataset, params.dataset_revision)
+    base_model = parse_source(params.base_model, params.base_model_revision)
+    with write_whole(RAW) as raw, write_whole(BASE) as base:
+        dataset.fetch("dataset", raw)
+        base_model.fetch("model", base)
+        convert_gguf(base)
+        check_model(base, base_model)
+        write_json(raw / "source.json", describe(dataset, raw))
+        write_json(base / "source.json", describe(base_model, base))
+    print(f"fetch: {params.dataset} -> {RAW}/, {params.base_model} -> {BASE}/")
+
+
+if __name__ == "__main__":
+    run_stage(main, network=True)

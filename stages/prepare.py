@@ -1,0 +1,408 @@
+"""Turn message trees into conversations: choose threads, filter, deduplicate, split.
+
+Reads data/raw/ (message rows in OASST1's schema, flat or nested; .jsonl, .jsonl.gz or .parquet).
+Writes data/prepared/{train,validation}.parquet (one conversation a row) and reports/funnel.json (how many messages,
+trees, conversations and characters each step dropped and kept, by reason and by language). Run: `dvc repro prepare`
+"""
+
+import gzip
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.common.artifacts import write_json, write_whole
+from stages.common.errors import StageError, run_stage
+from stages.common.params import load_params
+
+RAW = Path("data/raw")
+PREPARED = Path("data/prepared")
+FUNNEL = Path("reports/funnel.json")
+
+ROLES = {"prompter": "user", "assistant": "assistant"}
+# What a row must have to be a message at all; everything else is read where it is there.
+REQUIRED = ("message_id", "text", "role")
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_messages(folder: Path) -> pd.DataFrame:
+    """All message rows under `folder`, in file order, with the hub split a file's name states (None elsewhere).
+
+    Columns: message_id, parent_id, message_tree_id, tree_state, text, role, lang, rank, deleted, synthetic,
+    review_result, quality, toxicity, split. A row without a message_id, text or role keeps None there.
+    """
+    files = sorted(p for p in folder.glob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+    if not files:
+        raise StageError(f"{folder} holds no .jsonl, .jsonl.gz or .parquet file. Check `dataset` in params.yaml.")
+    rows = [message_row(row, split_of(file)) for file in files for top in read_rows(file) for row in flatten(top)]
+    if not rows:
+        raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
+    return pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one data file. Raises StageError that names the file and line."""
+    try:
+        if file.suffix == ".parquet":
+            yield from pd.read_parquet(file, dtype_backend="pyarrow").to_dict("records")
+            return
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise StageError(f"{file.name} line {number}: not a JSON object.")
+                    yield row
+    except json.JSONDecodeError as error:
+        raise StageError(
+            f"{file.name} line {number}: not valid JSON ({error.msg}). Mend the file and fetch again."
+        ) from None
+    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+        raise StageError(
+            f"{file.name} cannot be read ({str(error).splitlines()[0]}). Is it damaged? Fetch again."
+        ) from None
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file's name starts with: train or validation, else None."""
+    return next((name for name in ("train", "validation") if file.name.startswith(name)), None)
+
+
+def flatten(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The messages of a row: the row itself, or all of the tree if it is in the nested export format."""
+    if not isinstance(row.get("prompt"), dict):
+        yield row
+        return
+    tree = {"message_tree_id": row.get("message_tree_id"), "tree_state": row.get("tree_state")}
+    # An explicit stack: a tree may be deeper than Python recurses. Replies go on it last first, to come off in order.
+    stack = [row["prompt"]]
+    while stack:
+        message = stack.pop()
+        replies = message.get("replies") or []
+        stack.extend({"parent_id": message.get("message_id"), **reply} for reply in reversed(replies))
+        yield {**message, **tree}
+
+
+def message_row(row: dict[str, Any], split: str | None) -> dict[str, Any]:
+    """The fields of a message that this stage uses, with one spelling for missing values (None)."""
+
+    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = row.get(name)
+        return value if isinstance(value, kind) else default
+
+    labels, detoxify = row.get("labels"), row.get("detoxify")
+    quality = toxicity = None
+    if isinstance(labels, dict):
+        if "quality" in labels and isinstance(labels["quality"], dict):  # nested export: {quality: {value, count}}
+            quality = labels["quality"].get("value")
+        elif labels.get("name") is not None:  # flat rows: {name: […], value: […], count: […]}
+            quality = dict(zip(labels["name"], labels["value"], strict=False)).get("quality")
+    if isinstance(detoxify, dict):
+        toxicity = detoxify.get("toxicity")
+    message_id = get("message_id", str)
+    rank = row.get("rank")
+    return {
+        "message_id": message_id,
+        "parent_id": get("parent_id", str),
+        "message_tree_id": get("message_tree_id", str, message_id),
+        "tree_state": get("tree_state", str),
+        "text": get("text", str),
+        "role": get("role", str),
+        "lang": get("lang", str, "unknown"),
+        "rank": float(rank) if isinstance(rank, int | float) else None,
+        "deleted": get("deleted", bool, False),
+        "synthetic": get("synthetic", bool, False),
+        "review_result": get("review_result", bool),
+        "quality": quality,
+        "toxicity": toxicity,
+        "split": split,
+    }
+
+
+# Counting --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Funnel:
+    """What every step dropped, by reason and language. Messages, trees and characters add up to what was read."""
+
+    read: dict[str, Any]
+    dropped: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def count(messages: pd.DataFrame) -> dict[str, Any]:
+        """Messages, trees and characters of `messages`, and its messages by language."""
+        return {
+            "messages": len(messages),
+            "trees": int(messages["message_tree_id"].nunique()),
+            "characters": int(messages["text"].str.len().sum()),
+            "messages_by_language": {k: int(v) for k, v in messages["lang"].value_counts().sort_index().items()},
+        }
+
+    def drop(self, messages: pd.DataFrame, keep: pd.Series, reason: str, conversations: int = 0) -> pd.DataFrame:
+        """Count the messages where `keep` is False under `reason`; return the others.
+
+        A tree counts as dropped by the step that takes its last message; `conversations` is how many whole
+        conversations the step dropped.
+        """
+        kept, gone = messages[keep], messages[~keep]
+        counts = self.count(gone)
+        counts["trees"] = int((~gone["message_tree_id"].drop_duplicates().isin(kept["message_tree_id"])).sum())
+        self.dropped[reason] = {**counts, "conversations": conversations}
+        return kept
+
+
+# Choosing messages -----------------------------------------------------------------------------------------------
+
+
+def valid_rows(messages: pd.DataFrame, funnel: Funnel) -> pd.DataFrame:
+    """Drop rows that are no messages, second rows of the same id, and messages whose tree does not reach its root."""
+    whole = messages[list(REQUIRED)].notna().all(axis=1) & messages["role"].isin(list(ROLES))
+    whole &= messages["text"].fillna("").str.strip() != ""
+    messages = funnel.drop(messages, whole, "malformed")
+    messages = funnel.drop(messages, ~messages["message_id"].duplicated(), "duplicate_id")
+    return funnel.drop(messages, reachable(messages), "orphan")
+
+
+def reachable(messages: pd.DataFrame) -> pd.Series:
+    """Which messages hang together, parent by parent, with a root of their own tree that is among `messages`."""
+    children: dict[str, list[str]] = {}
+    for message_id, parent_id in zip(messages["message_id"], messages["parent_id"], strict=True):
+        if isinstance(parent_id, str):
+            children.setdefault(parent_id, []).append(message_id)
+    found: set[str] = set()
+    frontier = list(messages.loc[messages["parent_id"].isna(), "message_id"])
+    while frontier:
+        found.update(frontier)
+        frontier = [child for parent in frontier for child in children.get(parent, ())]
+    return messages["message_id"].isin(found)
+
+
+def filter_messages(
+    messages: pd.DataFrame,
+    funnel: Funnel,
+    *,
+    tree_states: list[str],
+    languages: list[str],
+    min_quality: float | None,
+    max_toxicity: float | None,
+    allow_synthetic: bool,
+    require_review: bool,
+) -> pd.DataFrame:
+    """Drop messages by what is known of them, then those that hung below a dropped one. What is unknown passes."""
+    if tree_states:
+        keep = messages["tree_state"].isna() | messages["tree_state"].isin(tree_states)
+        messages = funnel.drop(messages, keep, "tree_state")
+    messages = funnel.drop(messages, ~messages["deleted"].astype(bool), "deleted")
+    if require_review:
+        messages = funnel.drop(messages, messages["review_result"].ne(False), "rejected_in_review")
+    if not allow_synthetic:
+        messages = funnel.drop(messages, ~messages["synthetic"].astype(bool), "synthetic")
+    if languages:
+        messages = funnel.drop(messages, messages["lang"].isin(languages), "language")
+    if min_quality is not None:
+        low = (messages["role"] == "assistant") & (messages["quality"] < min_quality).fillna(False)
+        messages = funnel.drop(messages, ~low, "quality")
+    if max_toxicity is not None:
+        messages = funnel.drop(messages, ~(messages["toxicity"] > max_toxicity).fillna(False), "toxicity")
+    return funnel.drop(messages, reachable(messages), "below_a_dropped_message")
+
+
+# Threads ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Thread:
+    """A path from a root to an answer: the message ids, and for each answer whether it is trained on here."""
+
+    ids: tuple[str, ...]
+    trained: tuple[bool, ...]
+
+
+def find_threads(messages: pd.DataFrame, which: str) -> list[Thread]:
+    """The conversations of all trees, in the order of their roots; every one alternates and ends on the assistant.
+
+    `best` follows the best-ranked reply at each message (a missing rank counts as last, ties keep their order);
+    `all` gives every path to a leaf, and trains each answer only in the first path that holds it.
+    """
+    role = dict(zip(messages["message_id"], messages["role"], strict=True))
+    replies: dict[str, list[str]] = {}
+    ranked = messages.sort_values("rank", kind="stable", na_position="last")
+    for message_id, parent_id in zip(ranked["message_id"], ranked["parent_id"], strict=True):
+        if isinstance(parent_id, str) and role[message_id] != role[parent_id]:
+            replies.setdefault(parent_id, []).append(message_id)
+    roots = messages.loc[messages["parent_id"].isna() & (messages["role"] == "prompter"), "message_id"]
+    threads = []
+    for root in roots:
+        seen: set[str] = set()
+        for path in _paths(root, replies, only_best=which == "best"):
+            ids = path if role[path[-1]] == "assistant" else path[:-1]
+            if not ids or ids[-1] in seen:  # only a question, or the same conversation as a path before it
+                continue
+            trained = tuple(i not in seen for i in ids if role[i] == "assistant")
+            threads.append(Thread(tuple(ids), trained))
+            seen.update(ids)
+    return threads
+
+
+def _paths(root: str, replies: dict[str, list[str]], only_best: bool) -> Iterator[list[str]]:
+    """Every root-to-leaf path below `root`, best-ranked replies first; with `only_best`, just the first of them."""
+    stack = [[root]]
+    while stack:
+        path = stack.pop()
+        following = replies.get(path[-1], [])
+        if not following:
+            yield path
+            if only_best:
+                return
+        stack.extend([*path, reply] for reply in reversed(following))
+
+
+def limit_turns(thread: Thread, max_turns: int | None) -> Thread:
+    """The first `max_turns` question-answer turns of a thread."""
+    if max_turns is None:
+        return thread
+    return Thread(thread.ids[: 2 * max_turns], thread.trained[:max_turns])
+
+
+def normalised(text: str) -> str:
+    """`text` without what makes copies look different: Unicode form, case, white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def held_out(tree_id: str, fraction: float, seed: int) -> bool:
+    """Whether a tree belongs to the validation split: by a hash, so that other trees coming or going move none."""
+    digest = hashlib.sha256(f"{seed}:{tree_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def prepare(
+    messages: pd.DataFrame,
+    *,
+    threads: str,
+    tree_states: list[str],
+    languages: list[str],
+    min_quality: float | None,
+    max_toxicity: float | None,
+    allow_synthetic: bool,
+    require_review: bool,
+    min_turns: int,
+    max_turns: int | None,
+    validation_fraction: float,
+    split_seed: int,
+    system_prompt: str,
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """Message rows (see `read_messages`) to conversations, by split, and the funnel of counts.
+
+    A conversation has message_tree_id, message_ids, lang (of its first message), messages (role and content, as TRL
+    reads them, with the system prompt first unless it is empty) and trained (one flag for each assistant message).
+    """
+    funnel = Funnel(Funnel.count(messages.fillna({"text": "", "message_tree_id": ""})))
+    messages = valid_rows(messages, funnel)
+    messages = filter_messages(
+        messages,
+        funnel,
+        tree_states=tree_states,
+        languages=languages,
+        min_quality=min_quality,
+        max_toxicity=max_toxicity,
+        allow_synthetic=allow_synthetic,
+        require_review=require_review,
+    )
+
+    found = find_threads(messages, threads)
+    messages = _only_used(messages, found, funnel, "not_on_a_chosen_thread")
+    found = [limit_turns(thread, max_turns) for thread in found]
+    found = [thread for thread in found if any(thread.trained)]
+    messages = _only_used(messages, found, funnel, "beyond_max_turns")
+    long_enough = [thread for thread in found if len(thread.trained) >= min_turns]
+    messages = _only_used(messages, long_enough, funnel, "below_min_turns", len(found) - len(long_enough))
+
+    by_id = messages.set_index("message_id")
+    text, tree, lang = (by_id[name].to_dict() for name in ("text", "message_tree_id", "lang"))
+    role, split = by_id["role"].to_dict(), by_id["split"].to_dict()
+    own_splits = {"train", "validation"} <= set(by_id["split"].dropna())
+
+    def in_validation(thread: Thread) -> bool:
+        if own_splits:
+            return split[thread.ids[0]] == "validation"
+        return held_out(tree[thread.ids[0]], validation_fraction, split_seed)
+
+    # Of two equal conversations the held-out one stays: a published validation split keeps its size.
+    unique: dict[tuple[str, ...], Thread] = {}
+    for thread in sorted(long_enough, key=lambda thread: not in_validation(thread)):
+        unique.setdefault(tuple(normalised(text[i]) for i in thread.ids), thread)
+    chosen = set(unique.values())
+    kept = [thread for thread in long_enough if thread in chosen]
+    messages = _only_used(messages, kept, funnel, "duplicate_conversation", len(long_enough) - len(kept))
+
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    splits: dict[str, pd.DataFrame] = {}
+    counts = {}
+    for name, members in (
+        ("train", [t for t in kept if not in_validation(t)]),
+        ("validation", [t for t in kept if in_validation(t)]),
+    ):
+        if not members:
+            raise StageError(
+                f"no conversation is left for {name}: {len(kept)} of {funnel.read['trees']} trees passed the filters. "
+                "Loosen the filters or change validation_fraction in params.yaml."
+            )
+        splits[name] = pd.DataFrame(
+            {
+                "message_tree_id": [tree[t.ids[0]] for t in members],
+                "message_ids": [list(t.ids) for t in members],
+                "lang": [lang[t.ids[0]] for t in members],
+                "messages": [
+                    system + [{"role": ROLES[role[i]], "content": text[i].strip()} for i in t.ids] for t in members
+                ],
+                "trained": [list(t.trained) for t in members],
+            }
+        )
+        used = messages[messages["message_id"].isin({i for t in members for i in t.ids})]
+        counts[name] = {**Funnel.count(used), "conversations": len(members)}
+    return splits, {"read": funnel.read, "dropped": funnel.dropped, "kept": counts}
+
+
+def _only_used(
+    messages: pd.DataFrame, threads: list[Thread], funnel: Funnel, reason: str, conversations: int = 0
+) -> pd.DataFrame:
+    used = {message_id for thread in threads for message_id in thread.ids}
+    return funnel.drop(messages, messages["message_id"].isin(used), reason, conversations)
+
+
+def main() -> None:
+    params = load_params("prepare")
+    splits, funnel = prepare(
+        read_messages(RAW),
+        threads=params.threads,
+        tree_states=params.tree_states,
+        languages=params.languages,
+        min_quality=params.min_quality,
+        max_toxicity=params.max_toxicity,
+        allow_synthetic=params.allow_synthetic,
+        require_review=params.require_review,
+        min_turns=params.min_turns,
+        max_turns=params.max_turns,
+        validation_fraction=params.validation_fraction,
+        split_seed=params.split_seed,
+        system_prompt=params.system_prompt,
+    )
+    with write_whole(PREPARED) as folder:
+        folder.mkdir()
+        for name, conversations in splits.items():
+            conversations.to_parquet(folder / f"{name}.parquet", index=False)
+    write_json(FUNNEL, funnel)
+    kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
+    print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

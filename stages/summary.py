@@ -1,0 +1,62 @@
+"""Print what the pipeline made: base against tuned, one answer of each, where to look next.
+
+Reads reports/ and params.yaml; writes nothing. Run: `make all` ends with it; `python -m stages.summary`
+"""
+
+import textwrap
+from pathlib import Path
+
+from stages.common.artifacts import read_json
+from stages.common.errors import run_stage
+from stages.common.params import read_params
+
+REPORTS = Path("reports")
+WIDTH = 96
+
+
+def table(metrics: dict) -> list[str]:
+    """The lines of base against tuned."""
+    base, tuned, difference, stops = (metrics[k] for k in ("base", "tuned", "difference", "stop_rate"))
+    rows = [
+        ("perplexity", f"{base['perplexity']:.2f}", f"{tuned['perplexity']:.2f}"),
+        ("loss (nats a token)", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}"),
+        ("token accuracy", f"{base['token_accuracy']:.1%}", f"{tuned['token_accuracy']:.1%}"),
+        (f"answers that end within {stops['max_new_tokens']} tokens", f"{stops['base']:.0%}", f"{stops['tuned']:.0%}"),
+    ]
+    lines = [f"  {'':38}{'base':>9}{'tuned':>9}"]
+    lines += [f"  {name:38}{ours:>9}{theirs:>9}" for name, ours, theirs in rows]
+    low, high = difference["loss_ci95_low"], difference["loss_ci95_high"]
+    verdict = "excludes zero" if difference["significant"] else "includes zero: no difference is shown"
+    lines.append(
+        f"  difference of loss {difference['loss']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]: it {verdict}"
+    )
+    return lines
+
+
+def first_sample(page: str) -> list[str]:
+    """The first prompt of samples.md and both answers, wrapped for a terminal."""
+    first = "## " + page.split("\n## ", 2)[1]
+    lines = []
+    for line in first.splitlines():
+        text = line.removeprefix("## ").removeprefix(">").replace("**", "").strip()
+        if text:
+            lines += textwrap.wrap(text, WIDTH - 4, initial_indent="  ", subsequent_indent="  ")
+    return lines
+
+
+def main() -> None:
+    metrics = read_json(REPORTS / "metrics.json")
+    held_out, params = metrics["held_out"], read_params()
+    print(f"\nBase {params.base_model}\ntuned on {params.dataset}, {params.max_steps} steps")
+    print(f"measured on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens:\n")
+    print("\n".join(table(metrics)))
+    print("\nOne answer side by side:\n")
+    print("\n".join(first_sample((REPORTS / "samples.md").read_text(encoding="utf-8"))))
+    print(
+        "\nThe model: models/merged/ (its card: README.md there). More answers: reports/samples.md."
+        "\nAll figures: reports/metrics.json. The loss curve: dvc plots show. Another try: dvc exp run -S max_steps=24"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,199 @@
+"""Turn conversations into tokens by a chat template, and mark which tokens are the assistant's.
+
+Reads data/prepared/ and the tokenizer of models/base/.
+Writes data/tokenized/{train,validation}.parquet (input_ids, assistant_masks, length), data/tokenized/tokenizer/ (the
+base model's tokenizer with the chosen template, end and padding token) and reports/tokens.json (counts).
+Run: `dvc repro tokenize`
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
+from stages.common.errors import StageError, run_stage
+from stages.common.params import load_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BASE = Path("models/base")
+PREPARED = Path("data/prepared")
+TOKENIZED = Path("data/tokenized")
+TOKENS = Path("reports/tokens.json")
+TEMPLATES = Path("stages/templates")
+
+SPLITS = ("train", "validation")
+BATCH = 512  # conversations tokenised at once: enough for the fast tokenizer's threads, little memory
+
+
+def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The Jinja text of a chat template, with its {% generation %} marks.
+
+    `name` is a file of stages/templates/ without its ending, the path of a .jinja file, or `model` for the
+    tokenizer's own. Raises StageError when there is none or it has no marks.
+    """
+    if name == "model":
+        from trl.chat_template_utils import get_training_chat_template
+
+        if tokenizer.chat_template is None:
+            raise StageError("chat_template: model: the base model has no chat template; use chatml, phi2 or a file.")
+        if "generation" in tokenizer.chat_template:
+            return str(tokenizer.chat_template)
+        try:
+            return str(get_training_chat_template(tokenizer))
+        except ValueError:
+            raise StageError(
+                "chat_template: model: the base model's template does not mark the assistant's text with "
+                "{% generation %}. Copy it to a .jinja file, add the marks, and name that file."
+            ) from None
+    path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
+    if not path.is_file():
+        raise StageError(f"chat_template: {path} does not exist.")
+    template = path.read_text(encoding="utf-8")
+    if "generation" not in template:
+        raise StageError(f"chat_template: {path} has no {{% generation %}} marks around the assistant's text.")
+    return template
+
+
+def set_special_tokens(tokenizer: "PreTrainedTokenizerBase", template: str, vocab_size: int) -> None:
+    """Give `tokenizer` the template, the end token that closes an answer in it, and a padding token that is another.
+
+    Padding with the end token would take it out of the loss, and the model would never learn to stop.
+    `vocab_size` is the number of rows of the model's embedding. Raises StageError when the end is no single token.
+    """
+    tokenizer.chat_template = template
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids, mask = encode(tokenizer, [probe])[0]
+    if 1 not in mask:
+        raise StageError("chat_template: the template marks no assistant text.")
+    end = ids[answer_spans(mask)[-1][1] - 1]
+    if end not in tokenizer.added_tokens_decoder:
+        raise StageError(
+            f"chat_template: in it an answer ends with {tokenizer.decode(end)!r}, which is no special token of the "
+            "base model, so the model could not learn to stop. Choose a template that fits the model (phi2, chatml)."
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != end:
+        return
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != end:
+        tokenizer.pad_token = tokenizer.unk_token
+    elif len(tokenizer) < vocab_size:  # a spare row of the embedding; untrained, and never looked at
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    else:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0 if end != 0 else 1)
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict[str, str]]]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and assistant mask (1 on the assistant's tokens, its end token included) of each conversation."""
+    encoded = tokenizer.apply_chat_template(list(conversations), return_dict=True, return_assistant_tokens_mask=True)
+    return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+
+
+def answer_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """The (start, end) of each run of ones: the assistant's answers, in order."""
+    edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def cut_to_turns(
+    ids: list[int], mask: list[int], trained: Sequence[bool], max_length: int
+) -> tuple[list[int], list[int], int] | None:
+    """A conversation up to the last whole answer within `max_length` tokens.
+
+    Returns its ids, its mask (zero on the answers that are not to be trained on) and how many answers it lost; None
+    when no answer to train on fits.
+    """
+    spans = answer_spans(mask)
+    kept = [span for span in spans if span[1] <= max_length]
+    if not any(trained[: len(kept)]):
+        return None
+    end = kept[-1][1]
+    supervised = [0] * end
+    for (start, stop), wanted in zip(kept, trained, strict=False):
+        if wanted:
+            supervised[start:stop] = [1] * (stop - start)
+    return ids[:end], supervised, len(spans) - len(kept)
+
+
+def tokenize(
+    conversations: pd.DataFrame, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Conversations (columns messages, trained, lang, message_tree_id) to tokens, and the counts of what was kept.
+
+    Returns columns input_ids, assistant_masks (lists of ints), length, lang, message_tree_id.
+    """
+    reserved = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    rows, lost = [], {"control_tokens_in_text": 0, "first_answer_beyond_max_length": 0, "answers_cut_off": 0}
+    for start in range(0, len(conversations), BATCH):
+        batch = conversations.iloc[start : start + BATCH]
+        messages = [[dict(message) for message in row] for row in batch["messages"]]
+        for row, content, (ids, mask) in zip(batch.itertuples(), messages, encode(tokenizer, messages), strict=True):
+            # Text that spells a control token would end or begin a turn where there is none.
+            if any(token in message["content"] for message in content for token in reserved):
+                lost["control_tokens_in_text"] += 1
+                continue
+            cut = cut_to_turns(ids, mask, list(row.trained), max_length)
+            if cut is None:
+                lost["first_answer_beyond_max_length"] += 1
+                continue
+            lost["answers_cut_off"] += cut[2]
+            rows.append((cut[0], cut[1], len(cut[0]), row.lang, row.message_tree_id))
+    frame = pd.DataFrame(rows, columns=["input_ids", "assistant_masks", "length", "lang", "message_tree_id"])
+    return frame, {**count_tokens(frame), "dropped": lost}
+
+
+def count_tokens(frame: pd.DataFrame) -> dict[str, Any]:
+    """Conversations, tokens, supervised tokens and percentiles of the length (tokens) of a tokenised split."""
+    percentiles = frame["length"].quantile([0.05, 0.5, 0.95, 1.0]) if len(frame) else pd.Series(dtype=float)
+    return {
+        "conversations": len(frame),
+        "tokens": int(frame["length"].sum()),
+        "supervised_tokens": int(sum(sum(mask) for mask in frame["assistant_masks"])),
+        "length_percentiles": {f"p{round(q * 100)}": int(v) for q, v in percentiles.items()},
+    }
+
+
+def main() -> None:
+    params = load_params("tokenize")
+    config = read_json(BASE / "config.json")
+    longest = config.get("max_position_embeddings")
+    if longest is not None and params.max_length > longest:
+        raise StageError(f"max_length: {params.max_length}: the base model reads at most {longest} tokens.")
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    if not tokenizer.is_fast:
+        raise StageError(
+            f"{BASE} has no fast tokenizer (tokenizer.json), which is needed to tell the assistant's tokens."
+        )
+    set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config["vocab_size"])
+    if len(tokenizer) > config["vocab_size"]:
+        raise StageError(
+            f"{BASE}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not fit."
+        )
+
+    counts = {}
+    with write_whole(TOKENIZED) as folder:
+        folder.mkdir()
+        for split in SPLITS:
+            frame, counts[split] = tokenize(read_parquet(PREPARED / f"{split}.parquet"), tokenizer, params.max_length)
+            if frame.empty:
+                raise StageError(
+                    f"no conversation of {split} fits into max_length, {params.max_length} tokens. Raise it."
+                )
+            frame.to_parquet(folder / f"{split}.parquet", index=False)
+            print(
+                f"tokenize: {split}: {counts[split]['conversations']} conversations, {counts[split]['tokens']} tokens"
+            )
+        tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(TOKENS, counts)
+
+
+if __name__ == "__main__":
+    run_stage(main)

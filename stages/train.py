@@ -1,0 +1,281 @@
+"""Fine-tune the base model on the conversations by QLoRA: a frozen 4-bit base, a LoRA adapter, TRL's SFTTrainer.
+
+Reads data/tokenized/ and models/base/.
+Writes models/adapter/ (LoRA weights, tokenizer, training.json with all that shaped the run) and
+reports/loss/{train,validation}.csv (the loss curves, in nats a supervised token). Checkpoints are kept in
+models/checkpoints/ until the adapter is done: a killed run goes on from the last one. Run: `dvc repro train`
+"""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from stages.common.artifacts import digest_files, read_parquet, write_json, write_whole
+from stages.common.errors import StageError, run_stage
+from stages.common.models import linear_layers, load_model, load_tokenizer, quantization_config
+from stages.common.params import load_params
+from stages.common.scoring import score
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+    from trl import SFTConfig, SFTTrainer
+
+BASE = Path("models/base")
+TOKENIZED = Path("data/tokenized")
+ADAPTER = Path("models/adapter")
+LOSS = Path("reports/loss")
+CHECKPOINTS = Path("models/checkpoints")
+CODE = [Path("stages/train.py"), Path("stages/common/models.py"), Path("stages/common/scoring.py")]
+LOCK = Path("requirements.lock")
+
+
+def compute_dtype(fp16: bool, bf16: bool) -> "torch.dtype":
+    """The number format of matrix products: float16, bfloat16, or float32 when neither is asked for."""
+    import torch
+
+    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+
+
+def check_machine(fp16: bool, bf16: bool, attn_implementation: str) -> None:
+    """Raise StageError when this machine cannot train as the parameters ask."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if fp16:
+            raise StageError(
+                "fp16: true: needs a CUDA GPU, and this machine shows none. "
+                "Set fp16: false (float32), or take the CPU recipe: make recipe NAME=smollm2-cpu"
+            )
+        if attn_implementation == "flash_attention_2":
+            raise StageError("attn_implementation: flash_attention_2 needs a CUDA GPU. Set it to sdpa.")
+    elif bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise StageError(f"bf16: true: {torch.cuda.get_device_name()} has no bfloat16. Set bf16: false and fp16: true.")
+
+
+def lora_config(params: SimpleNamespace) -> "LoraConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.lora_dropout,
+        target_modules=params.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def training_arguments(params: SimpleNamespace, output_dir: Path) -> "SFTConfig":
+    import torch
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=params.per_device_train_batch_size,
+        per_device_eval_batch_size=params.per_device_eval_batch_size,
+        gradient_accumulation_steps=params.gradient_accumulation_steps,
+        max_steps=params.max_steps,
+        optim=params.optim,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type=params.lr_scheduler_type,
+        warmup_steps=params.warmup_ratio,  # below 1 it is a share of max_steps
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        fp16=params.fp16,
+        bf16=params.bf16,
+        gradient_checkpointing=params.gradient_checkpointing,
+        train_sampling_strategy=params.train_sampling_strategy,
+        logging_steps=params.logging_steps,
+        save_steps=params.save_steps,
+        save_total_limit=params.save_total_limit,
+        eval_strategy="steps",
+        eval_steps=params.eval_steps,
+        eval_on_start=True,
+        seed=params.seed,
+        use_cpu=not torch.cuda.is_available(),
+        # The tokenize stage has cut the conversations and built the masks: nothing is left to prepare.
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+    )
+
+
+def add_adapter(model: "PreTrainedModel", params: SimpleNamespace) -> "PeftModel":
+    """Freeze `model` and put new LoRA matrices, in float32, on its target modules.
+
+    Raises StageError, naming what would fit, when a target module is none of the model's linear layers.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    if params.load_in_4bit:
+        # Norms and output layer in float32 under 16-bit training. The trainer turns on checkpointing itself.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    set_seed(params.seed)
+    return get_peft_model(model, lora_config(params))
+
+
+def check_targets(base: Path, target_modules: list[str]) -> None:
+    """Raise StageError, naming what would fit, when the model has no linear layer of such a name."""
+    names = linear_layers(base)
+    wrong = [target for target in target_modules if target not in names]
+    if wrong:
+        raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. It has {', '.join(names)}.")
+
+
+def check_logits(model: "PeftModel", ids: list[int]) -> None:
+    """Raise StageError when the model's logits on `ids` are not finite, as Phi's can be in float16."""
+    import torch
+
+    with torch.no_grad(), torch.random.fork_rng():
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise StageError(
+            "the model's logits are not finite in this number format, before any training. "
+            "Set bf16: true and fp16: false, or attn_implementation: eager."
+        )
+
+
+def build_trainer(
+    model: "PeftModel", args: "SFTConfig", train: pd.DataFrame, validation: pd.DataFrame, tokenizer: Any
+) -> "SFTTrainer":
+    """TRL's SFTTrainer over tokenised conversations, with its collator; its held-out loss is `scoring.score`'s."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):
+        def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+            # Evaluating must not change the training after it: whatever it draws, the random state is put back.
+            with torch.random.fork_rng(), self.compute_loss_context_manager():
+                hide = not self.is_world_process_zero()
+                with tqdm(total=len(validation), desc="held-out loss", unit="conv", leave=False, disable=hide) as bar:
+                    scores = score(
+                        self.model, validation, args.per_device_eval_batch_size, tokenizer.pad_token_id, bar.update
+                    )
+            metrics = {"eval_loss": scores["nll"].sum() / scores["tokens"].sum()}
+            self.model.eval()  # SFTTrainer.log sorts its metrics by the model's mode
+            self.log(metrics)
+            self.model.train()
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    class Progress(ProgressCallback):
+        """The trainer's bar with the last losses beside the time left, instead of a line for each log."""
+
+        shown: dict[str, str] = {}
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            for key, name in (("loss", "loss"), ("eval_loss", "held-out")):
+                if logs and key in logs:
+                    self.shown[name] = f"{float(logs[key]):.3f}"
+            if self.training_bar is not None:
+                self.training_bar.set_postfix(self.shown)
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=to_dataset(train),
+        eval_dataset=to_dataset(validation),
+        processing_class=tokenizer,
+    )
+    # SFTTrainer casts the adapter of a 4-bit model to bfloat16. Under float16 its scaler would then fail, and small
+    # late updates would be rounded away: the trained weights stay float32 in every precision.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+    return trainer
+
+
+def to_dataset(rows: pd.DataFrame) -> Any:
+    """Tokenised conversations as the Dataset TRL's collator takes: input_ids, labels (-100: unsupervised), length."""
+    from datasets import Dataset
+
+    labels = [
+        [token if wanted else -100 for token, wanted in zip(ids, mask, strict=True)]
+        for ids, mask in zip(rows["input_ids"], rows["assistant_masks"], strict=True)
+    ]
+    return Dataset.from_dict({"input_ids": list(rows["input_ids"]), "labels": labels, "length": list(rows["length"])})
+
+
+def loss_curves(log_history: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    """The trainer's log as a table a split: step, loss (nats a supervised token) and, in train, learning rate."""
+    train = [(e["step"], round(e["loss"], 6), e["learning_rate"]) for e in log_history if "loss" in e]
+    held_out = [(e["step"], round(e["eval_loss"], 6)) for e in log_history if "eval_loss" in e]
+    return {
+        "train": pd.DataFrame(train, columns=["step", "loss", "learning_rate"]),
+        "validation": pd.DataFrame(held_out, columns=["step", "loss"]),
+    }
+
+
+def fingerprint(params: SimpleNamespace) -> str:
+    """A name for all that shapes a run: a checkpoint is only ever resumed by a run with the same one."""
+    import hashlib
+
+    files = digest_files([TOKENIZED, BASE, *CODE, *([LOCK] if LOCK.exists() else [])])
+    return hashlib.sha256(f"{sorted(vars(params).items())} {files}".encode()).hexdigest()[:16]
+
+
+def main() -> None:
+    params = load_params("train")
+    check_machine(params.fp16, params.bf16, params.attn_implementation)
+    check_targets(BASE, params.target_modules)
+    train, validation = (read_parquet(TOKENIZED / f"{split}.parquet") for split in ("train", "validation"))
+    tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
+
+    from transformers.trainer_utils import get_last_checkpoint
+
+    dtype = compute_dtype(params.fp16, params.bf16)
+    quantization = (
+        quantization_config(params.bnb_4bit_quant_type, params.bnb_4bit_use_double_quant, dtype)
+        if params.load_in_4bit
+        else None
+    )
+    print("train: loading the base model", flush=True)
+    model = load_model(BASE, dtype, quantization=quantization, attn_implementation=params.attn_implementation)
+    model = add_adapter(model, params)
+    checkpoints = CHECKPOINTS / fingerprint(params)
+    trainer = build_trainer(model, training_arguments(params, checkpoints), train, validation, tokenizer)
+    with trainer.compute_loss_context_manager():
+        check_logits(model, list(train["input_ids"][train["length"].argmax()]))
+
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last:
+        print(f"train: going on from {last}", flush=True)
+    trainer.train(resume_from_checkpoint=last)
+
+    curves = loss_curves(trainer.state.log_history)
+    record = {
+        "params": vars(params),
+        "train_conversations": len(train),
+        "train_supervised_tokens": int(sum(sum(mask) for mask in train["assistant_masks"])),
+        "held_out_conversations": len(validation),
+        "held_out_loss_before": curves["validation"]["loss"].iloc[0],
+        "held_out_loss_after": curves["validation"]["loss"].iloc[-1],
+    }
+    with write_whole(ADAPTER) as folder:
+        trainer.model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; merge writes a true one
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "training.json", record)
+    with write_whole(LOSS) as folder:
+        folder.mkdir()
+        for split, curve in curves.items():
+            curve.to_csv(folder / f"{split}.csv", index=False)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    before, after = record["held_out_loss_before"], record["held_out_loss_after"]
+    print(f"train: held-out loss {before:.3f} -> {after:.3f} nats a token, in {params.max_steps} steps")
+
+
+if __name__ == "__main__":
+    run_stage(main)

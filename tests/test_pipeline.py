@@ -1,0 +1,122 @@
+"""The real pipeline by the real DVC, on a tiny model: outputs, reruns, experiments, refusals."""
+
+import csv
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def stages_run(result) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", result.stdout)
+
+
+STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate"]
+
+
+def test_repro_experiments_and_refusals(tiny_project):
+    folder = tiny_project.folder
+    assert stages_run(tiny_project.run("dvc", "repro")) == STAGES
+
+    # What it made, and that none of it holds a path of this machine.
+    metrics = json.loads((folder / "reports/metrics.json").read_text())
+    assert metrics["tuned"]["loss"] < metrics["base"]["loss"]
+    curve = list(csv.DictReader((folder / "reports/loss/train.csv").open()))
+    assert [row["step"] for row in curve] == ["1", "2", "3", "4"]
+    assert not (folder / "models/checkpoints").exists() or not list((folder / "models/checkpoints").iterdir())
+    for path in [*(folder / "reports").rglob("*"), *(folder / "models").rglob("*.json"), *folder.glob("data/*/*.json")]:
+        assert not path.is_file() or str(folder) not in path.read_text(encoding="utf-8"), path
+    summary = tiny_project.run("stages.summary").stdout
+    assert "perplexity" in summary and "What is the capital of France?" in summary
+
+    # Nothing changed: nothing runs, and the tree is as committed but for what DVC wrote.
+    tiny_project.commit("reproduced")
+    again = tiny_project.run("dvc", "repro")
+    assert stages_run(again) == [] and "up to date" in again.stdout
+
+    # An experiment reruns train and what follows, and is listed, by a user without a git identity.
+    experiment = tiny_project.run("dvc", "exp", "run", "--name", "slower", "-S", "learning_rate=1e-5")
+    assert stages_run(experiment) == ["train", "merge", "evaluate"]
+    adapter = json.loads((folder / "models/adapter/training.json").read_text())
+    assert adapter["params"]["learning_rate"] == 0.00001
+    rows = list(csv.DictReader(tiny_project.run("dvc", "exp", "show", "--csv").stdout.splitlines()))
+    assert "slower" in {row["Experiment"] for row in rows}
+    for command in ("metrics", "params"):
+        assert tiny_project.run("dvc", command, "diff").stdout.strip()
+    tiny_project.run("dvc", "plots", "show")
+    assert "loss" in (folder / "dvc_plots/index.html").read_text(encoding="utf-8")
+
+    # A wrong value: one line, and what was there stays.
+    before = (folder / "reports/metrics.json").read_bytes()
+    refused = tiny_project.run("dvc", "exp", "run", "-S", "learning_rate=-1", check=False)
+    assert refused.returncode != 0
+    said = [line for line in (refused.stdout + refused.stderr).splitlines() if line.startswith("error:")]
+    assert said == ["error: params.yaml: learning_rate: -1: must be greater than 0"]
+    assert "Traceback" not in refused.stdout + refused.stderr
+    assert (folder / "reports/metrics.json").read_bytes() == before
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(tiny_project):
+    for stage in ("fetch", "prepare", "tokenize"):
+        tiny_project.run(f"stages.{stage}")
+    unbroken = tiny_project.run("stages.train")
+    assert "going on" not in unbroken.stdout
+    weights = (tiny_project.folder / "models/adapter/adapter_model.safetensors").read_bytes()
+    curve = (tiny_project.folder / "reports/loss/train.csv").read_bytes()
+    kill = (
+        "import os, signal, runpy, transformers\n"
+        "def stop(self, args, state, control, **kwargs):\n"
+        "    if state.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "transformers.TrainerCallback.on_step_end = stop\n"
+        "transformers.trainer_callback.DefaultFlowCallback.on_step_end, real = (\n"
+        "    lambda self, *a, **k: (stop(self, *a, **k), real(self, *a, **k))[1],\n"
+        "    transformers.trainer_callback.DefaultFlowCallback.on_step_end)\n"
+        "runpy.run_module('stages.train', run_name='__main__')\n"
+    )
+    (tiny_project.folder / "killed.py").write_text(kill)
+    assert tiny_project.run("killed", check=False).returncode == -9
+    resumed = tiny_project.run("stages.train")
+    assert "going on from" in resumed.stdout and "checkpoint-2" in resumed.stdout
+    assert (tiny_project.folder / "reports/loss/train.csv").read_bytes() == curve
+    assert (tiny_project.folder / "models/adapter/adapter_model.safetensors").read_bytes() == weights
+
+
+def test_queued_and_temporary_experiments_find_everything(tiny_project):
+    tiny_project.run("dvc", "repro", "tokenize")
+    tiny_project.commit("tokenised")
+    result = tiny_project.run("dvc", "exp", "run", "--temp", "--name", "aside", "-S", "max_steps=3", "train")
+    assert "train" in stages_run(result)
+    assert not (tiny_project.folder / "models/adapter").exists()
+
+
+def test_recipes_are_switched_without_losing_edits(project):
+    params, recipes = project.folder / "params.yaml", project.folder / "recipes"
+    project.run("stages.recipe", "phi2-oasst1")
+    assert params.read_bytes() == (ROOT / "recipes/phi2-oasst1.yaml").read_bytes()
+    assert not (recipes / "previous.yaml").exists()
+    project.set(seed=7)
+    edited = params.read_bytes()
+    said = project.run("stages.recipe", "smollm2-cpu").stdout
+    assert "make recipe NAME=previous" in said
+    project.run("stages.recipe", "previous")
+    assert params.read_bytes() == edited
+    refused = project.run("stages.recipe", "nonsense", check=False)
+    assert refused.returncode == 1 and "one of: phi2-oasst1, previous, smollm2-cpu" in refused.stderr
+    assert params.read_bytes() == edited
+
+
+def test_the_reference_recipe_is_refused_without_a_gpu_in_one_line(tiny_project):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    for stage in ("fetch", "prepare", "tokenize"):
+        tiny_project.run(f"stages.{stage}")
+    tiny_project.set(fp16=True)
+    refused = tiny_project.run("stages.train", check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: fp16: true: needs a CUDA GPU")
+    assert "Traceback" not in refused.stderr

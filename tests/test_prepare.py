@@ -1,0 +1,352 @@
+"""Trees to conversations: threads, filters, splits, and a funnel whose counts add up."""
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+from conftest import SHARED_OASST1, message, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.common.errors import StageError
+from stages.prepare import Funnel, find_threads, held_out, message_row, prepare, read_messages, valid_rows
+
+DEFAULTS = {
+    "threads": "best",
+    "tree_states": ["ready_for_export"],
+    "languages": [],
+    "min_quality": None,
+    "max_toxicity": None,
+    "allow_synthetic": True,
+    "require_review": True,
+    "min_turns": 1,
+    "max_turns": None,
+    "validation_fraction": 0.5,
+    "split_seed": 0,
+    "system_prompt": "",
+}
+
+
+def frame(rows: list[dict], split: str | None = None) -> pd.DataFrame:
+    table = pd.DataFrame([message_row(row, split) for row in rows])
+    return table.astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
+
+
+def run(rows, **changes):
+    """`prepare` over message rows; both splits in one table, and the funnel."""
+    messages = rows if isinstance(rows, pd.DataFrame) else frame(rows)
+    splits, funnel = prepare(messages, **{**DEFAULTS, **changes})
+    return pd.concat([t.assign(split=name) for name, t in splits.items()], ignore_index=True), funnel
+
+
+def trees_in_both_splits() -> list[dict]:
+    """Two plain trees, the first held out by seed 0, the second not, so that neither split is ever empty."""
+    names = [next(f"{side}{i}" for i in range(99) if held_out(f"{side}{i}", 0.5, 0) is side) for side in (True, False)]
+    return [row for n in names for row in (message(n, role="prompter"), message(f"{n}.a", n))]
+
+
+def ids(conversations, tree: str) -> list[list[str]]:
+    chosen = conversations[conversations["message_tree_id"] == tree]
+    return [list(i) for i in chosen["message_ids"]]
+
+
+def check_funnel(funnel):
+    for what in ("messages", "trees", "characters"):
+        dropped = sum(step[what] for step in funnel["dropped"].values())
+        kept = sum(split[what] for split in funnel["kept"].values())
+        assert funnel["read"][what] == dropped + kept, what
+    for step in [funnel["read"], *funnel["dropped"].values(), *funnel["kept"].values()]:
+        assert sum(step["messages_by_language"].values()) == step["messages"]
+
+
+# A split that holds tree b out and trains on tree a, and a tree on a's side that will be a copy of it.
+SEED = next(seed for seed in range(99) if held_out("b", 0.5, seed) and not held_out("a", 0.5, seed))
+COPY = next(name for name in map("h{}".format, range(99)) if not held_out(name, 0.5, SEED))
+
+GOLDEN = [
+    # The best path follows ranks, not order; it ends on a prompter, who is cut off.
+    message("a", role="prompter", text="Question A"),
+    message("a.2", "a", rank=1, text="second best"),
+    message("a.1", "a", rank=0, text="best"),
+    message("a.1.p", "a.1", role="prompter", text="and then?"),
+    # A null rank among ranked siblings comes last.
+    message("b", role="prompter", text="Question B"),
+    message("b.null", "b", text="unranked"),
+    message("b.0", "b", rank=3, text="ranked"),
+    message("b.0.p", "b.0", role="prompter", text="go on"),
+    message("b.0.p.a", "b.0.p", text="going on"),
+    # The best answer is deleted, and takes what hangs below it along; another language.
+    message("c", role="prompter", text="Frage C", lang="de"),
+    message("c.0", "c", rank=0, deleted=True, text="weg", lang="de"),
+    message("c.0.p", "c.0", role="prompter", text="unter weg", lang="de"),
+    message("c.1", "c", rank=1, text="Antwort", lang="de"),
+    # An orphan, a reply in the same role as its parent, an assistant's root, a question without answer.
+    message("d.x", "gone", text="orphan"),
+    message("e", role="prompter", text="Question E"),
+    message("e.p", "e", role="prompter", text="me again"),
+    message("f", role="assistant", text="I begin"),
+    message("g", role="prompter", text="Question G"),
+    # Copies but for case and space; a second row of an id; rows that are none; rejected in review; another state.
+    message(COPY, role="prompter", text="question  a"),
+    message(f"{COPY}.a", COPY, text="BEST"),
+    message("a.1", "a", text="again"),
+    message("i", role="moderator"),
+    message("j", role="prompter", text=None),
+    message("k", role="prompter", review_result=False),
+    message("l", role="prompter", tree_state="aborted_low_grade"),
+]
+
+
+def test_golden_funnel():
+    conversations, funnel = run(GOLDEN, split_seed=SEED)
+    assert ids(conversations, "a") == [["a", "a.1"]]
+    assert ids(conversations, "b") == [["b", "b.0", "b.0.p", "b.0.p.a"]]
+    assert ids(conversations, "c") == [["c", "c.1"]]
+    assert set(conversations["message_tree_id"]) == {"a", "b", "c"}
+    assert funnel["read"]["messages"] == len(GOLDEN) == 25
+    assert {reason: step["messages"] for reason, step in funnel["dropped"].items()} == {
+        "malformed": 2,  # i, j
+        "duplicate_id": 1,  # a.1 again
+        "orphan": 1,  # d.x
+        "tree_state": 1,  # l
+        "deleted": 1,  # c.0
+        "rejected_in_review": 1,  # k
+        "below_a_dropped_message": 1,  # c.0.p
+        "not_on_a_chosen_thread": 7,  # a.2, a.1.p, b.null, e, e.p, f, g
+        "beyond_max_turns": 0,
+        "below_min_turns": 0,
+        "duplicate_conversation": 2,  # h, h.a
+    }
+    assert funnel["dropped"]["duplicate_conversation"]["conversations"] == 1
+    assert {reason: step["trees"] for reason, step in funnel["dropped"].items() if step["trees"]} == {
+        "malformed": 2,
+        "orphan": 1,
+        "tree_state": 1,
+        "rejected_in_review": 1,
+        "not_on_a_chosen_thread": 3,
+        "duplicate_conversation": 1,
+    }
+    assert sum(s["conversations"] for s in funnel["kept"].values()) == 3
+    assert sum(s["messages_by_language"].get("de", 0) for s in funnel["kept"].values()) == 2
+    check_funnel(funnel)
+
+
+def test_messages_are_as_trl_reads_them():
+    conversations, _ = run(GOLDEN, split_seed=SEED, system_prompt="Be kind.")
+    b = conversations[conversations["message_tree_id"] == "b"].iloc[0]
+    assert b["messages"] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Question B"},
+        {"role": "assistant", "content": "ranked"},
+        {"role": "user", "content": "go on"},
+        {"role": "assistant", "content": "going on"},
+    ]
+    assert list(b["trained"]) == [True, True]
+    assert b["lang"] == "en"
+
+
+def test_all_threads_train_shared_beginnings_once():
+    rows = [
+        message("a", role="prompter"),
+        message("a.1", "a", rank=0),
+        message("a.1.p", "a.1", role="prompter"),
+        message("a.1.p.x", "a.1.p", rank=1),
+        message("a.1.p.y", "a.1.p", rank=0),
+        message("a.1.q", "a.1", role="prompter"),  # a question without answer: no conversation of its own
+        message("a.2", "a", rank=1),
+    ]
+    conversations, funnel = run(rows + trees_in_both_splits(), threads="all")
+    chosen = conversations[conversations["message_tree_id"] == "a"]
+    assert [(list(i), list(t)) for i, t in zip(chosen["message_ids"], chosen["trained"], strict=True)] == [
+        (["a", "a.1", "a.1.p", "a.1.p.y"], [True, True]),
+        (["a", "a.1", "a.1.p", "a.1.p.x"], [False, True]),
+        (["a", "a.2"], [True]),
+    ]
+    check_funnel(funnel)
+
+
+@pytest.mark.parametrize(
+    "changes, row, reason",
+    [
+        ({"languages": ["de"]}, {}, "language"),
+        ({"min_quality": 0.5}, {"labels": {"name": ["spam", "quality"], "value": [0, 0.4]}}, "quality"),
+        ({"min_quality": 0.5}, {"labels": {"quality": {"value": 0.4, "count": 3}}}, "quality"),
+        ({"max_toxicity": 0.5}, {"detoxify": {"toxicity": 0.6}}, "toxicity"),
+        ({"allow_synthetic": False}, {"synthetic": True}, "synthetic"),
+        ({}, {"review_result": False}, "rejected_in_review"),
+    ],
+)
+def test_each_filter_drops_what_it_names(changes, row, reason):
+    others = [{**other, "lang": "de"} for other in trees_in_both_splits()]
+    rows = [message("a", role="prompter"), message("a.1", "a", **row), *others]
+    _, funnel = run(rows, **changes)
+    assert funnel["dropped"][reason]["messages"] >= 1
+    check_funnel(funnel)
+    if row:  # without the filter, or without the flag, the answer stays
+        conversations, _ = run([*rows[:1], message("a.1", "a"), *others], **{**changes, "languages": []})
+        assert ids(conversations, "a") == [["a", "a.1"]]
+
+
+def test_turn_limits():
+    rows = [
+        message("a", role="prompter"),
+        message("a.1", "a"),
+        message("a.2", "a.1", role="prompter"),
+        message("a.3", "a.2"),
+        *trees_in_both_splits(),
+    ]
+    cut, funnel = run(rows, max_turns=1)
+    assert ids(cut, "a") == [["a", "a.1"]]
+    assert funnel["dropped"]["beyond_max_turns"]["messages"] == 2
+    with pytest.raises(StageError, match="no conversation is left for"):
+        run(rows, min_turns=3)
+
+
+def test_hub_splits_are_kept_and_a_copy_leaves_the_train_side():
+    train = [message("a", role="prompter", text="same"), message("a.1", "a", text="same"), *trees_in_both_splits()]
+    held = [message("z", role="prompter", text="Same"), message("z.1", "z", text="SAME")]
+    conversations, funnel = run(pd.concat([frame(train, "train"), frame(held, "validation")], ignore_index=True))
+    assert list(conversations.loc[conversations["split"] == "validation", "message_tree_id"]) == ["z"]
+    assert "a" not in set(conversations["message_tree_id"])
+    check_funnel(funnel)
+
+
+def test_split_does_not_move_when_other_trees_come():
+    names = [f"tree{i}" for i in range(1000)]
+    chosen = [name for name in names if held_out(name, 0.15, 42)]
+    assert 110 < len(chosen) < 190
+    assert set(chosen) <= {name for name in names if held_out(name, 0.2, 42)}
+    assert chosen != [name for name in names if held_out(name, 0.15, 43)]
+
+
+def test_reads_flat_nested_gzip_and_parquet_alike(tmp_path):
+    flat = [
+        message("a", role="prompter"),
+        message("a.1", "a", rank=1),
+        message("a.1.p", "a.1", role="prompter"),
+        message("a.2", "a", rank=0),
+    ]
+    for row in flat:
+        del row["labels"], row["detoxify"]
+
+    def strip(row):
+        return {k: v for k, v in row.items() if k not in ("message_tree_id", "tree_state")}
+
+    nested = {
+        "message_tree_id": "a",
+        "tree_state": "ready_for_export",
+        "prompt": {
+            **strip(flat[0]),
+            "replies": [{**strip(flat[1]), "replies": [{**strip(flat[2]), "replies": []}]}, strip(flat[3])],
+        },
+    }
+    write_jsonl(tmp_path / "flat/x.jsonl", flat)
+    write_jsonl(tmp_path / "nested/x.jsonl", [nested])
+    (tmp_path / "gz").mkdir()
+    with gzip.open(tmp_path / "gz/x.jsonl.gz", "wt") as file:
+        file.write(json.dumps(nested) + "\n")
+    (tmp_path / "parquet").mkdir()
+    pd.DataFrame(flat).to_parquet(tmp_path / "parquet/x.parquet")
+    expected = read_messages(tmp_path / "flat")
+    assert list(expected["message_id"]) == ["a", "a.1", "a.1.p", "a.2"]
+    for form in ("nested", "gz", "parquet"):
+        pd.testing.assert_frame_equal(read_messages(tmp_path / form), expected)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("x.jsonl", b"<html>not found</html>\n", "x.jsonl line 1: not valid JSON"),
+        ("x.jsonl", b"[1, 2]\n", "x.jsonl line 1: not a JSON object"),
+        ("x.jsonl", b"\xff\xfe\n", "x.jsonl cannot be read"),
+        ("x.jsonl", b"", "hold no rows"),
+        ("x.jsonl.gz", b"not gzip", "x.jsonl.gz cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b'{"message_id": "a"}\n' * 99)[:-20], "x.jsonl.gz cannot be read"),
+        ("x.parquet", b"PAR1 not really", "x.parquet cannot be read"),
+        ("x.csv", b"a,b\n", "holds no .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StageError) as error:
+        read_messages(tmp_path)
+    assert said in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@st.composite
+def forests(draw):
+    """Random message rows: parents among earlier rows or nowhere, any roles, ranks, flags and repeated ids."""
+    rows = []
+    for i in range(draw(st.integers(1, 30))):
+        parent = draw(st.one_of(st.none(), st.integers(0, max(i, 1)).map(lambda n: f"t.{n}")))
+        rows.append(
+            message(
+                f"t.{draw(st.integers(0, 40))}" if draw(st.booleans()) else f"t.{i}",
+                parent,
+                role=draw(st.sampled_from(["prompter", "assistant", "system"])),
+                text=draw(st.sampled_from(["", " ", "same", f"text {i}"])),
+                rank=draw(st.one_of(st.none(), st.integers(0, 3))),
+                deleted=draw(st.booleans()),
+                message_tree_id=f"t{i % 3}",
+            )
+        )
+    return rows + trees_in_both_splits()
+
+
+@settings(max_examples=200, deadline=None)
+@given(forests(), st.sampled_from(["best", "all"]))
+def test_any_forest_gives_alternating_conversations_and_counts_that_add_up(rows, threads):
+    conversations, funnel = run(rows, threads=threads)
+    check_funnel(funnel)
+    for messages, trained in zip(conversations["messages"], conversations["trained"], strict=True):
+        roles = [m["role"] for m in messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert len(trained) == len(roles) // 2 and any(trained)
+    by_tree = conversations.groupby("message_tree_id")["split"].nunique()
+    assert (by_tree == 1).all()
+
+
+def test_cycles_are_orphans():
+    rows = [message("a", "a.1", role="prompter"), message("a.1", "a"), *trees_in_both_splits()]
+    funnel = Funnel(Funnel.count(frame(rows)))
+    assert len(valid_rows(frame(rows), funnel)) == 4
+    assert funnel.dropped["orphan"]["messages"] == 2
+
+
+def test_a_very_deep_tree_does_not_overflow():
+    nested = {"message_id": "r0", "text": "x", "role": "prompter", "replies": []}
+    top, here = nested, nested
+    for i in range(1, 5000):
+        reply = {"message_id": f"r{i}", "text": "x", "role": ["prompter", "assistant"][i % 2], "replies": []}
+        here["replies"].append(reply)
+        here = reply
+    from stages.prepare import flatten
+
+    rows = frame(list(flatten({"message_tree_id": "r", "tree_state": "x", "prompt": top})))
+    threads = find_threads(rows, "best")
+    assert len(threads) == 1 and len(threads[0].ids) == 5000
+
+
+real = pytest.mark.skipif(not SHARED_OASST1.is_dir(), reason="the real OASST1 rows are not here")
+
+
+@real
+def test_real_oasst1_validation_rows(tmp_path):
+    (tmp_path / "x.jsonl").symlink_to(SHARED_OASST1 / "en_validation_first95trees.jsonl")
+    conversations, funnel = run(read_messages(tmp_path))
+    assert funnel["read"]["messages"] == 1029 and funnel["read"]["trees"] == 95
+    assert funnel["dropped"]["orphan"]["trees"] == 2  # their roots are not in the file
+    assert len(conversations) == 93
+    for messages in conversations["messages"]:
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+    check_funnel(funnel)
+
+
+@real
+def test_real_oasst1_nested_export(tmp_path):
+    (tmp_path / "x.jsonl").symlink_to(SHARED_OASST1 / "en_first50trees.trees.jsonl")
+    conversations, funnel = run(read_messages(tmp_path), threads="all")
+    assert funnel["read"]["trees"] == 50
+    assert conversations["message_tree_id"].nunique() == 50
+    check_funnel(funnel)
