@@ -9,6 +9,16 @@ NAME ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# DVC keeps experiments as git commits, and refuses where git knows no user: activating the environment lends it one.
+define LEND_IDENTITY
+
+if ! git config user.email >/dev/null 2>&1; then
+    export GIT_AUTHOR_NAME="$${USER:-nobody}" GIT_AUTHOR_EMAIL="$${USER:-nobody}@localhost"
+    export GIT_COMMITTER_NAME="$$GIT_AUTHOR_NAME" GIT_COMMITTER_EMAIL="$$GIT_AUTHOR_EMAIL"
+fi
+endef
+export LEND_IDENTITY
+
 .DEFAULT_GOAL := help
 .PHONY: help all test test-fast lint recipe status clean lock setup
 
@@ -60,4 +70,5 @@ $(INSTALLED): requirements.lock
 	@echo "Installing $$(grep -c == requirements.lock) pinned packages into $(VENV) (once, a few minutes)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install -qq --requirement requirements.lock
+	@echo "$$LEND_IDENTITY" >> $(VENV)/bin/activate
 	@touch $(INSTALLED)

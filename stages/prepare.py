@@ -1,6 +1,7 @@
 """Turn message trees into conversations: choose threads, filter, deduplicate, split.
 
-Reads data/raw/ (message rows in OASST1's schema, flat or nested; .jsonl, .jsonl.gz or .parquet).
+Reads data/raw/ (.jsonl, .jsonl.gz or .parquet; rows are OASST1's messages, flat or as nested trees, or conversations
+in a `messages` column, or `instruction` and `response` columns).
 Writes data/prepared/{train,validation}.parquet (one conversation a row) and reports/funnel.json (how many messages,
 trees, conversations and characters each step dropped and kept, by reason and by language). Run: `dvc repro prepare`
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from stages.common.artifacts import write_json, write_whole
@@ -27,6 +29,13 @@ FUNNEL = Path("reports/funnel.json")
 ROLES = {"prompter": "user", "assistant": "assistant"}
 # What a row must have to be a message at all; everything else is read where it is there.
 REQUIRED = ("message_id", "text", "role")
+# What instruction data sets call their two columns.
+INSTRUCTION_COLUMNS = (
+    ("instruction", "response"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+)
 
 
 # Reading ---------------------------------------------------------------------------------------------------------
@@ -36,12 +45,17 @@ def read_messages(folder: Path) -> pd.DataFrame:
     """All message rows under `folder`, in file order, with the hub split a file's name states (None elsewhere).
 
     Columns: message_id, parent_id, message_tree_id, tree_state, text, role, lang, rank, deleted, synthetic,
-    review_result, quality, toxicity, split. A row without a message_id, text or role keeps None there.
+    review_result, quality, toxicity, system, split. A row without a message_id, text or role keeps None there.
     """
     files = sorted(p for p in folder.glob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
     if not files:
         raise StageError(f"{folder} holds no .jsonl, .jsonl.gz or .parquet file. Check `dataset` in params.yaml.")
-    rows = [message_row(row, split_of(file)) for file in files for top in read_rows(file) for row in flatten(top)]
+    rows = [
+        message_row(row, split_of(file))
+        for file in files
+        for number, top in enumerate(read_rows(file), 1)
+        for row in flatten(top, f"{file.name.partition('.')[0]}-{number}")
+    ]
     if not rows:
         raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
     return pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
@@ -75,10 +89,11 @@ def split_of(file: Path) -> str | None:
     return next((name for name in ("train", "validation") if file.name.startswith(name)), None)
 
 
-def flatten(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The messages of a row: the row itself, or all of the tree if it is in the nested export format."""
+def flatten(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """The messages of a row, whatever its form: a message itself, a nested tree, or a conversation called `name`."""
     if not isinstance(row.get("prompt"), dict):
-        yield row
+        turns = turns_of(row)
+        yield from [row] if turns is None else chain(turns, name, row)
         return
     tree = {"message_tree_id": row.get("message_tree_id"), "tree_state": row.get("tree_state")}
     # An explicit stack: a tree may be deeper than Python recurses. Replies go on it last first, to come off in order.
@@ -88,6 +103,43 @@ def flatten(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         replies = message.get("replies") or []
         stack.extend({"parent_id": message.get("message_id"), **reply} for reply in reversed(replies))
         yield {**message, **tree}
+
+
+def turns_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The role/content turns of a row that is a conversation: `messages`, or an instruction and its response."""
+    if isinstance(row.get("messages"), list | np.ndarray):
+        return [dict(turn) for turn in row["messages"] if isinstance(turn, dict)]
+    for question, answer in INSTRUCTION_COLUMNS:
+        if question in row and answer in row and "message_id" not in row:
+            text, context = row[question], row.get("input")
+            if isinstance(text, str) and isinstance(context, str) and context.strip():
+                text = f"{text}\n\n{context}"
+            return [{"role": "user", "content": text}, {"role": "assistant", "content": row[answer]}]
+    return None
+
+
+def chain(turns: list[dict[str, Any]], name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Turns as message rows, each the reply to the one before; a system turn goes with the root."""
+    shared: dict[str, Any] = {
+        key: row[key] for key in ("lang", "synthetic", "deleted", "detoxify", "labels") if key in row
+    }
+    system = next((t.get("content") for t in turns if t.get("role") == "system"), None)
+    parent = None
+    for i, turn in enumerate(t for t in turns if t.get("role") != "system"):
+        message_id = f"{name}.{i}"
+        role = {"user": "prompter", "human": "prompter", "gpt": "assistant"}.get(
+            str(turn.get("role")), turn.get("role")
+        )
+        yield {
+            **shared,
+            "message_id": message_id,
+            "parent_id": parent,
+            "message_tree_id": name,
+            "text": turn.get("content"),
+            "role": role,
+            "system": system if parent is None else None,
+        }
+        parent = message_id
 
 
 def message_row(row: dict[str, Any], split: str | None) -> dict[str, Any]:
@@ -122,6 +174,7 @@ def message_row(row: dict[str, Any], split: str | None) -> dict[str, Any]:
         "review_result": get("review_result", bool),
         "quality": quality,
         "toxicity": toxicity,
+        "system": get("system", str),
         "split": split,
     }
 
@@ -155,7 +208,8 @@ class Funnel:
         kept, gone = messages[keep], messages[~keep]
         counts = self.count(gone)
         counts["trees"] = int((~gone["message_tree_id"].drop_duplicates().isin(kept["message_tree_id"])).sum())
-        self.dropped[reason] = {**counts, "conversations": conversations}
+        left = {"messages_left": len(kept), "trees_left": int(kept["message_tree_id"].nunique())}
+        self.dropped[reason] = {**counts, "conversations": conversations, **left}
         return kept
 
 
@@ -302,7 +356,8 @@ def prepare(
     """Message rows (see `read_messages`) to conversations, by split, and the funnel of counts.
 
     A conversation has message_tree_id, message_ids, lang (of its first message), messages (role and content, as TRL
-    reads them, with the system prompt first unless it is empty) and trained (one flag for each assistant message).
+    reads them; first its own system turn or the system prompt, unless that is empty) and trained (one flag for each
+    assistant message).
     """
     funnel = Funnel(Funnel.count(messages.fillna({"text": "", "message_tree_id": ""})))
     messages = valid_rows(messages, funnel)
@@ -327,7 +382,7 @@ def prepare(
 
     by_id = messages.set_index("message_id")
     text, tree, lang = (by_id[name].to_dict() for name in ("text", "message_tree_id", "lang"))
-    role, split = by_id["role"].to_dict(), by_id["split"].to_dict()
+    role, split, own_system = (by_id[name].to_dict() for name in ("role", "split", "system"))
     own_splits = {"train", "validation"} <= set(by_id["split"].dropna())
 
     def in_validation(thread: Thread) -> bool:
@@ -343,7 +398,12 @@ def prepare(
     kept = [thread for thread in long_enough if thread in chosen]
     messages = _only_used(messages, kept, funnel, "duplicate_conversation", len(long_enough) - len(kept))
 
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    def messages_of(thread: Thread) -> list[dict[str, str]]:
+        own = own_system[thread.ids[0]]
+        system = own if isinstance(own, str) else system_prompt
+        first = [{"role": "system", "content": system}] if system else []
+        return first + [{"role": ROLES[role[i]], "content": text[i].strip()} for i in thread.ids]
+
     splits: dict[str, pd.DataFrame] = {}
     counts = {}
     for name, members in (
@@ -360,9 +420,7 @@ def prepare(
                 "message_tree_id": [tree[t.ids[0]] for t in members],
                 "message_ids": [list(t.ids) for t in members],
                 "lang": [lang[t.ids[0]] for t in members],
-                "messages": [
-                    system + [{"role": ROLES[role[i]], "content": text[i].strip()} for i in t.ids] for t in members
-                ],
+                "messages": [messages_of(t) for t in members],
                 "trained": [list(t.trained) for t in members],
             }
         )

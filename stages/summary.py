@@ -33,12 +33,13 @@ def table(metrics: dict) -> list[str]:
     return lines
 
 
-def first_sample(page: str) -> list[str]:
-    """The first prompt of samples.md and both answers, wrapped for a terminal."""
-    first = "## " + page.split("\n## ", 2)[1]
+def one_sample(page: str) -> list[str]:
+    """The first prompt of samples.md answered differently, with both answers, wrapped for a terminal."""
+    samples = [sample.split("**tuned**") for sample in page.split("\n## ")[1:]]
+    different = [s for s in samples if s[0].partition("**base**")[2].strip() != s[-1].strip()]
     lines = []
-    for line in first.splitlines():
-        text = line.removeprefix("## ").removeprefix(">").replace("**", "").strip()
+    for line in "**tuned**".join((different or samples)[0]).splitlines():
+        text = line.removeprefix(">").replace("**", "").strip()
         if text:
             lines += textwrap.wrap(text, WIDTH - 4, initial_indent="  ", subsequent_indent="  ")
     return lines
@@ -51,7 +52,7 @@ def main() -> None:
     print(f"measured on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens:\n")
     print("\n".join(table(metrics)))
     print("\nOne answer side by side:\n")
-    print("\n".join(first_sample((REPORTS / "samples.md").read_text(encoding="utf-8"))))
+    print("\n".join(one_sample((REPORTS / "samples.md").read_text(encoding="utf-8"))))
     print(
         "\nThe model: models/merged/ (its card: README.md there). More answers: reports/samples.md."
         "\nAll figures: reports/metrics.json. The loss curve: dvc plots show. Another try: dvc exp run -S max_steps=24"

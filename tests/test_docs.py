@@ -64,6 +64,23 @@ def test_files_that_the_readme_names_are_there(path):
     assert known or path.startswith("models/checkpoints")
 
 
+def test_activating_lends_git_an_identity_only_where_there_is_none(tmp_path):
+    activate = ROOT / ".venv/bin/activate"
+    if not activate.exists():
+        pytest.skip("the environment was not made by make")
+    script = f'source "{activate}"; echo "$GIT_AUTHOR_NAME $GIT_COMMITTER_EMAIL"'
+
+    def activated(config: str) -> str:
+        (tmp_path / ".gitconfig").write_text(config)
+        env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "USER": "ada", "GIT_CONFIG_NOSYSTEM": "1"}
+        return subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert activated("") == "ada ada@localhost"
+    assert activated("[user]\nname = Ada\nemail = ada@example.com\n") == ""
+
+
 def test_every_stage_is_in_the_readme_and_opens_with_how_to_run_it():
     for stage in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]:
         assert f"`{stage}`" in README or f"**{stage}**" in README

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from stages.common import models
 from stages.common.artifacts import read_json
 from stages.evaluate import answer, compare, paired_difference, question_of, samples_page, summarise
-from stages.summary import first_sample, table
+from stages.summary import one_sample, table
 from stages.tokenize import load_template, set_special_tokens
 
 
@@ -97,7 +97,9 @@ def test_samples_page_and_summary_read_well():
     assert "## Capital of France?" in page
     assert "**base**\n\n> Lyon …" in page
     assert "**tuned**\n\n> Paris.\n>\n> It is." in page
-    assert first_sample(page) == ["  Capital of France?", "  base", "  Lyon …", "  tuned", "  Paris.", "  It is."]
+    assert one_sample(page) == ["  Capital of France?", "  base", "  Lyon …", "  tuned", "  Paris.", "  It is."]
+    answers["tuned"][0] = answers["base"][0]
+    assert one_sample(samples_page(["Capital of France?", "Other?"], answers, 8))[0] == "  Other?"
 
 
 def test_committed_metrics_show_a_better_model():

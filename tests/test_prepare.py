@@ -56,6 +56,11 @@ def check_funnel(funnel):
         dropped = sum(step[what] for step in funnel["dropped"].values())
         kept = sum(split[what] for split in funnel["kept"].values())
         assert funnel["read"][what] == dropped + kept, what
+    for what in ("messages", "trees"):
+        left = funnel["read"][what]
+        for step in funnel["dropped"].values():
+            left -= step[what]
+            assert step[f"{what}_left"] == left
     for step in [funnel["read"], *funnel["dropped"].values(), *funnel["kept"].values()]:
         assert sum(step["messages_by_language"].values()) == step["messages"]
 
@@ -254,6 +259,41 @@ def test_reads_flat_nested_gzip_and_parquet_alike(tmp_path):
         pd.testing.assert_frame_equal(read_messages(tmp_path / form), expected)
 
 
+TURNS = [("system", "be"), ("user", "hi"), ("assistant", "yo"), ("user", "bye")]
+
+
+@pytest.mark.parametrize(
+    "row, messages",
+    [
+        ({"messages": [{"role": r, "content": c} for r, c in TURNS[1:3]]}, [("system", "default"), *TURNS[1:3]]),
+        ({"messages": [{"role": r, "content": c} for r, c in TURNS]}, TURNS[:3]),
+        (
+            {"instruction": "add", "input": "1, 2", "output": "3"},
+            [("system", "default"), ("user", "add\n\n1, 2"), ("assistant", "3")],
+        ),
+        ({"prompt": "hi", "completion": "yo"}, [("system", "default"), *TURNS[1:3]]),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_peoples_own_forms(tmp_path, row, messages, form):
+    def numbered(i: int) -> dict:
+        """The row with i in its question, so that no two are alike; enough of them to fill both splits."""
+        text = json.dumps(row)
+        return json.loads(text.replace('"hi"', f'"hi {i}"').replace('"add"', f'"add {i}"'))
+
+    rows = [numbered(i) for i in range(1, 13)]
+    if form == "jsonl":
+        write_jsonl(tmp_path / "mine.jsonl", rows)
+    else:
+        pd.DataFrame(rows).to_parquet(tmp_path / "mine.parquet")
+    conversations, funnel = run(read_messages(tmp_path), system_prompt="default")
+    assert len(conversations) == 12
+    seventh = conversations[conversations["message_tree_id"] == "mine-7"].iloc[0]
+    expected = [(r, c.replace("hi", "hi 7").replace("add", "add 7")) for r, c in messages]
+    assert [(m["role"], m["content"]) for m in seventh["messages"]] == expected
+    check_funnel(funnel)
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -323,7 +363,7 @@ def test_a_very_deep_tree_does_not_overflow():
         here = reply
     from stages.prepare import flatten
 
-    rows = frame(list(flatten({"message_tree_id": "r", "tree_state": "x", "prompt": top})))
+    rows = frame(list(flatten({"message_tree_id": "r", "tree_state": "x", "prompt": top}, "x-1")))
     threads = find_threads(rows, "best")
     assert len(threads) == 1 and len(threads[0].ids) == 5000
 
