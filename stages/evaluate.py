@@ -65,7 +65,7 @@ def paired_difference(base: pd.DataFrame, tuned: pd.DataFrame, samples: int, see
 
 
 def compare(scores: dict[str, pd.DataFrame], languages: pd.Series, samples: int, seed: int) -> dict[str, Any]:
-    """Everything reports/metrics.json says of the held-out loss: overall, and by language where there are enough."""
+    """What reports/metrics.json says of the held-out loss: overall, and by language where there are several."""
     base, tuned = scores["base"], scores["tuned"]
     result: dict[str, Any] = {
         "held_out": {"conversations": len(base), "supervised_tokens": int(base["tokens"].sum())},
@@ -75,7 +75,7 @@ def compare(scores: dict[str, pd.DataFrame], languages: pd.Series, samples: int,
         "by_language": {},
     }
     for language, members in languages.groupby(languages).groups.items():
-        if len(members) >= ENOUGH_FOR_A_LANGUAGE:
+        if ENOUGH_FOR_A_LANGUAGE <= len(members) < len(languages):
             ours, theirs = tuned.loc[members], base.loc[members]
             result["by_language"][language] = {
                 "conversations": len(members),

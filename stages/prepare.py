@@ -29,6 +29,7 @@ FUNNEL = Path("reports/funnel.json")
 ROLES = {"prompter": "user", "assistant": "assistant"}
 # What a row must have to be a message at all; everything else is read where it is there.
 REQUIRED = ("message_id", "text", "role")
+UNKNOWN = "unknown"  # the language of a row that states none
 # What instruction data sets call their two columns.
 INSTRUCTION_COLUMNS = (
     ("instruction", "response"),
@@ -167,7 +168,7 @@ def message_row(row: dict[str, Any], split: str | None) -> dict[str, Any]:
         "tree_state": get("tree_state", str),
         "text": get("text", str),
         "role": get("role", str),
-        "lang": get("lang", str, "unknown"),
+        "lang": get("lang", str, UNKNOWN),
         "rank": float(rank) if isinstance(rank, int | float) else None,
         "deleted": get("deleted", bool, False),
         "synthetic": get("synthetic", bool, False),
@@ -260,7 +261,7 @@ def filter_messages(
     if not allow_synthetic:
         messages = funnel.drop(messages, ~messages["synthetic"].astype(bool), "synthetic")
     if languages:
-        messages = funnel.drop(messages, messages["lang"].isin(languages), "language")
+        messages = funnel.drop(messages, messages["lang"].isin([*languages, UNKNOWN]), "language")
     if min_quality is not None:
         low = (messages["role"] == "assistant") & (messages["quality"] < min_quality).fillna(False)
         messages = funnel.drop(messages, ~low, "quality")

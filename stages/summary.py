@@ -3,6 +3,7 @@
 Reads reports/ and params.yaml; writes nothing. Run: `make all` ends with it; `python -m stages.summary`
 """
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from stages.common.params import read_params
 
 REPORTS = Path("reports")
 WIDTH = 96
+SAMPLE_CHARACTERS = 280
 
 
 def table(metrics: dict) -> list[str]:
@@ -37,11 +39,11 @@ def one_sample(page: str) -> list[str]:
     """The first prompt of samples.md answered differently, with both answers, wrapped for a terminal."""
     samples = [sample.split("**tuned**") for sample in page.split("\n## ")[1:]]
     different = [s for s in samples if s[0].partition("**base**")[2].strip() != s[-1].strip()]
-    lines = []
-    for line in "**tuned**".join((different or samples)[0]).splitlines():
-        text = line.removeprefix(">").replace("**", "").strip()
-        if text:
-            lines += textwrap.wrap(text, WIDTH - 4, initial_indent="  ", subsequent_indent="  ")
+    prompt, *answers = re.split(r"\*\*(?:base|tuned)\*\*", "**tuned**".join((different or samples)[0]))
+    lines = [f"  {prompt.strip()}"]
+    for name, answer in zip(("base", "tuned"), answers, strict=True):
+        text = textwrap.shorten(answer.replace("\n>", " "), SAMPLE_CHARACTERS, placeholder=" …")
+        lines += ["", *textwrap.wrap(f"{name}: {text}", WIDTH, initial_indent="  ", subsequent_indent="    ")]
     return lines
 
 

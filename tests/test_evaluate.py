@@ -97,7 +97,7 @@ def test_samples_page_and_summary_read_well():
     assert "## Capital of France?" in page
     assert "**base**\n\n> Lyon …" in page
     assert "**tuned**\n\n> Paris.\n>\n> It is." in page
-    assert one_sample(page) == ["  Capital of France?", "  base", "  Lyon …", "  tuned", "  Paris.", "  It is."]
+    assert one_sample(page) == ["  Capital of France?", "", "  base: Lyon …", "", "  tuned: Paris. It is."]
     answers["tuned"][0] = answers["base"][0]
     assert one_sample(samples_page(["Capital of France?", "Other?"], answers, 8))[0] == "  Other?"
 

@@ -334,7 +334,7 @@ def forests(draw):
     return rows + trees_in_both_splits()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(forests(), st.sampled_from(["best", "all"]))
 def test_any_forest_gives_alternating_conversations_and_counts_that_add_up(rows, threads):
     conversations, funnel = run(rows, threads=threads)

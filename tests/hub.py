@@ -1,0 +1,158 @@
+"""A Hugging Face hub on loopback: repositories served from folders, with the faults a real network has."""
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+# kind/owner/name: how the hub's addresses name a repository; models have no prefix outside /api.
+TREE = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)")
+INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
+PATHS_INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)")
+RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+class Hub:
+    """Repositories as (kind, "owner/name") -> (commit, folder), and what to do wrong with them."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[tuple[str, str], tuple[str, Path]] = {}
+        self.gated: set[str] = set()
+        self.faults: Counter[str] = Counter()  # "503" or "cut": how often yet
+        self.requests: list[str] = []
+        self.address = ""
+
+    def add(self, kind: str, name: str, commit: str, folder: Path) -> None:
+        self.repositories[kind, name] = (commit, folder)
+
+    def take_fault(self, name: str) -> bool:
+        """Whether this request is to go wrong in this way; uses up one."""
+        if self.faults[name] > 0:
+            self.faults[name] -= 1
+            return True
+        return False
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def reply(self, status: int, body: object = None, **headers: str) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def repository(self, kind: str, name: str, revision: str | None) -> tuple[str, Path] | None:
+            """The commit and folder asked for; None, and an answer that says why not, where there is none."""
+            if name in hub.gated:
+                self.reply(401, {"error": "gated"}, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+            elif (kind, name) not in hub.repositories:
+                self.reply(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+            elif revision not in (None, "main", hub.repositories[kind, name][0]):
+                self.reply(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
+            else:
+                return hub.repositories[kind, name]
+            return None
+
+        def entries(self, folder: Path, inside: str = "", recursive: bool = True) -> list[dict]:
+            """The files and folders below `inside`, as the hub lists them."""
+            listed = []
+            for path in sorted((folder / inside).rglob("*") if recursive else (folder / inside).glob("*")):
+                name = path.relative_to(folder).as_posix()
+                if path.is_file():
+                    listed.append({"type": "file", "path": name, "size": path.stat().st_size, "oid": etag(path)[:40]})
+                else:
+                    listed.append({"type": "directory", "path": name, "size": 0, "oid": "0" * 40})
+            return listed
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(f"{self.command} {path}")
+            if hub.take_fault("503"):
+                self.reply(503, {"error": "busy"})
+            elif match := TREE.fullmatch(path):
+                if found := self.repository(match[1], match[2], match[3]):
+                    inside = self.entries(found[1], match[4], "recursive=true" in self.path.lower())
+                    self.reply(200, inside) if inside else self.reply(404, {}, X_Error_Code="EntryNotFound")
+            elif match := PATHS_INFO.fullmatch(path):
+                length = int(self.headers.get("Content-Length") or 0)
+                asked = self.rfile.read(length).decode()
+                if found := self.repository(match[1], match[2], match[3]):
+                    self.reply(200, [e for e in self.entries(found[1]) if e["path"] in unquote(asked)])
+            elif match := INFO.fullmatch(path):
+                if found := self.repository(match[1], match[2], match[3]):
+                    siblings = [{"rfilename": e["path"]} for e in self.entries(found[1]) if e["type"] == "file"]
+                    self.reply(
+                        200, {"id": match[2], "sha": found[0], "siblings": siblings, "private": False, "tags": []}
+                    )
+            elif match := RESOLVE.fullmatch(path):
+                if found := self.repository(match[1] or "models", match[2], match[3]):
+                    self.send_file(found[0], found[1] / match[4])
+            else:
+                self.reply(404, {"error": path})
+
+        do_HEAD = do_POST = do_GET
+
+        def send_file(self, commit: str, path: Path) -> None:
+            if not path.is_file():
+                self.reply(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+                return
+            data, start = path.read_bytes(), 0
+            if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+                start = int(match[1])
+                stop = int(match[2]) + 1 if match[2] else len(data)
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+                part = data[start:stop]
+            else:
+                self.send_response(200)
+                part = data
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{etag(path)}"')
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if len(part) > 10_000 and hub.take_fault("cut"):
+                self.wfile.write(part[: len(part) // 2])
+                self.wfile.flush()
+                self.connection.close()
+                self.close_connection = True
+                return
+            self.wfile.write(part)
+
+    return Handler
+
+
+@contextmanager
+def running(hub: Hub):
+    """Serve `hub` on a free port of loopback while the block runs; its address is hub.address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    server.daemon_threads = True
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,161 @@
+"""The reference recipe over HTTP: phi-2 and OASST1 from a hub on loopback, and what a real network does wrong."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import message, save_phi
+from hub import Hub, running
+
+from stages.common.params import read_params
+
+pytestmark = pytest.mark.slow
+
+REFERENCE = read_params(Path(__file__).parent.parent / "recipes/phi2-oasst1.yaml")
+# All that is changed in the reference recipe for a CPU and a tiny model: steps, lengths, precision.
+SMALLER = {
+    "max_steps": 2,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "eval_steps": 1,
+    "fp16": False,
+    "eval_dtype": "float32",
+    "max_length": 128,
+    "max_new_tokens": 4,
+    "bootstrap_samples": 100,
+}
+
+
+def oasst_rows(first: int, count: int) -> list[dict]:
+    """`count` trees in the full flat schema of the hub: two ranked answers, a follow-up, labels and detoxify filled."""
+    labels = {"name": ["spam", "quality"], "value": [0.0, 0.75], "count": [3, 3]}
+    extra = {
+        "user_id": "u",
+        "created_date": "2023-02-05T14:23:50.983374+00:00",
+        "review_count": 3,
+        "model_name": None,
+        "detoxify": {"toxicity": 0.001, "severe_toxicity": 0.0},
+        "emojis": {"name": ["+1"], "count": [1]},
+        "labels": labels,
+    }
+    rows = []
+    for i in range(first, first + count):
+        rows += [
+            message(f"t{i}", role="prompter", text=f"What is {i} + 1?", **extra),
+            message(f"t{i}.b", f"t{i}", text="I do not know.", rank=1, **extra),
+            message(f"t{i}.a", f"t{i}", text=f"It is {i + 1}.", rank=0, **extra),
+            message(f"t{i}.a.p", f"t{i}.a", role="prompter", text="Thanks!", **extra),
+        ]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("hub")
+    model = save_phi(folder / "phi-2")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# A small Phi\n")
+    (model / "modeling_phi.py").write_text("raise SystemExit('code of a repository was run')\n")
+    (model / "pytorch_model.bin").write_bytes(b"pickle")
+    data = folder / "oasst1"
+    (data / "data").mkdir(parents=True)
+    (data / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Conversations\n")
+    for split, first, count in (("train", 0, 24), ("validation", 24, 6)):
+        frame = pd.DataFrame(oasst_rows(first, count)).astype({"rank": "Int32", "review_count": "int32"})
+        frame.to_parquet(data / f"data/{split}-00000-of-00001-0123456789abcdef.parquet", index=False)
+    return {"model": model, "data": data}
+
+
+@pytest.fixture
+def hub(repositories):
+    served = Hub()
+    served.add("models", REFERENCE.base_model, REFERENCE.base_model_revision, repositories["model"])
+    served.add("datasets", REFERENCE.dataset, REFERENCE.dataset_revision, repositories["data"])
+    with running(served):
+        yield served
+
+
+@pytest.fixture
+def reference(project, hub):
+    """A project with the reference recipe, and a function that runs a module of it against the hub."""
+    project.run("stages.recipe", "phi2-oasst1")
+    project.set(**SMALLER)
+    project.commit("reference recipe")
+
+    def run(*command: str, check: bool = True, **environment: str):
+        settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(project.folder / ".home/hf")}
+        return project.run(*command, check=check, **{**settings, **environment})
+
+    return project, run
+
+
+def test_the_reference_recipe_runs_from_the_hub(reference, hub):
+    project, run = reference
+    result = run("dvc", "repro")
+    assert re.findall(r"Running stage '(\w+)'", result.stdout)[-1] == "evaluate"
+    base = {path.name for path in (project.folder / "models/base").iterdir()}
+    assert "model.safetensors" in base and not base & {"modeling_phi.py", "pytorch_model.bin"}
+    funnel = json.loads((project.folder / "reports/funnel.json").read_text())
+    assert funnel["read"]["messages"] == 120
+    assert funnel["kept"]["train"]["conversations"] == 24 and funnel["kept"]["validation"]["conversations"] == 6
+    card = (project.folder / "models/merged/README.md").read_text()
+    for fact in ("license: mit", REFERENCE.base_model_revision, REFERENCE.dataset_revision, "licence apache-2.0"):
+        assert fact in card
+    # Fetched again, offline: everything comes from the cache.
+    before = len(hub.requests)
+    run("dvc", "repro", "--force", "--single-item", "fetch", HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == before
+    assert not (project.folder / ".home/hf/token").exists()
+
+
+def failed_fetch(reference, **environment: str) -> str:
+    """The one line that a failing fetch ends with; asserts that it left nothing."""
+    project, run = reference
+    result = run("stages.fetch", check=False, **environment)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert len([line for line in lines if line.startswith("error:")]) == 1
+    assert not (project.folder / "data/raw").exists() and not (project.folder / "models/base").exists()
+    assert not list(project.folder.glob("data/.*.partial")) + list(project.folder.glob("models/.*.partial"))
+    return lines[-1]
+
+
+def test_a_repository_that_is_not_there(reference, hub):
+    del hub.repositories["models", REFERENCE.base_model]
+    assert "microsoft/phi-2" in failed_fetch(reference)
+
+
+def test_a_dataset_that_is_not_there(reference, hub):
+    del hub.repositories["datasets", REFERENCE.dataset]
+    assert "OpenAssistant/oasst1" in failed_fetch(reference)
+
+
+def test_a_gated_model_says_how_to_get_in_and_shows_no_token(reference, hub):
+    hub.gated.add(REFERENCE.base_model)
+    said = failed_fetch(reference, HF_TOKEN="hf_secret")
+    assert "is gated" in said and "hf auth login" in said
+    assert "hf_secret" not in said
+
+
+def test_a_wrong_revision(reference, hub):
+    project, _ = reference
+    project.set(base_model_revision="0" * 40)
+    assert "has no such commit" in failed_fetch(reference)
+
+
+def test_a_busy_hub_and_a_cut_connection_are_tried_again(reference, hub):
+    project, run = reference
+    hub.faults.update({"503": 1, "cut": 1})
+    run("stages.fetch")
+    assert not +hub.faults
+    assert (project.folder / "models/base/model.safetensors").is_file()
+
+
+def test_a_hub_that_stays_away_is_one_line(reference, hub):
+    hub.faults["503"] = 10_000
+    assert "could not be downloaded" in failed_fetch(reference)
+
+
+def test_offline_without_a_cache_is_one_line(reference):
+    assert "could not be downloaded" in failed_fetch(reference, HF_HUB_OFFLINE="1")
