@@ -92,29 +92,41 @@ def question_of(row: Any) -> list[int]:
 
 
 def answer(
-    model: "PreTrainedModel", prompts: list[list[int]], tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int
+    model: "PreTrainedModel",
+    prompts: list[list[int]],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[tuple[str, bool]]:
     """The greedy answer to each prompt (token ids), and whether it ended by itself within `max_new_tokens`."""
     import torch
+    from transformers import GenerationConfig
 
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
-    attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    answers = []
-    for row in output[:, longest:].tolist():
-        stopped = tokenizer.eos_token_id in row
-        text = tokenizer.decode(row[: row.index(tokenizer.eos_token_id)] if stopped else row, skip_special_tokens=True)
-        answers.append((text.strip(), stopped))
-    return answers
+    # Both models decode alike: what a base model brings (a repetition penalty, say) would blur the comparison.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers: dict[int, tuple[str, bool]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = len(prompts[batch[-1]])
+        padding = [longest - len(prompts[i]) for i in batch]
+        ids = [[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, batch, strict=True)]
+        attention = [[0] * n + [1] * (longest - n) for n in padding]
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(attention, device=model.device),
+            )
+        for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            stopped = tokenizer.eos_token_id in row
+            kept = row[: row.index(tokenizer.eos_token_id)] if stopped else row
+            answers[i] = (tokenizer.decode(kept, skip_special_tokens=True).strip(), stopped)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def samples_page(prompts: list[str], answers: dict[str, list[tuple[str, bool]]], max_new_tokens: int) -> str:
@@ -154,7 +166,7 @@ def main() -> None:
         with tqdm(total=len(rows), desc="scoring held-out answers", unit="conv") as bar:
             scores[name] = score(model, rows, params.per_device_eval_batch_size, tokenizer.pad_token_id, bar.update)
         print(f"evaluate: answering {len(prompts)} prompts, at most {params.max_new_tokens} tokens each", flush=True)
-        answers[name] = answer(model, prompts, tokenizer, params.max_new_tokens)
+        answers[name] = answer(model, prompts, tokenizer, params.max_new_tokens, params.per_device_eval_batch_size)
         stop_rates[name] = round(sum(stopped for _, stopped in answers[name]) / len(prompts), 4)
         del model
 

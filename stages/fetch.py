@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.artifacts import write_json, write_whole
-from stages.common.errors import StageError, run_stage
+from stages.common.errors import StageError, first_line, run_stage
 from stages.common.params import load_params
 from stages.common.sources import Source, parse_source
 
@@ -31,8 +31,11 @@ def convert_gguf(folder: Path) -> None:
 
     logging.disable_progress_bar()
     print(f"fetch: converting {files[0].name} to safetensors", flush=True)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise StageError(f"{files[0].name} is no GGUF model that can be converted ({first_line(error)}).") from error
     # A model loaded from GGUF refuses save_pretrained, and its config claims to be quantised.
     config = loaded.config
     for name in ("quantization_config", "_name_or_path"):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from stages.common.artifacts import read_json, write_text, write_whole
-from stages.common.errors import StageError, run_stage
+from stages.common.errors import StageError, first_line, run_stage
 from stages.common.models import load_model, load_tokenizer, quantization_config, torch_dtype
 from stages.common.params import load_params
 
@@ -51,8 +51,7 @@ def attach(model: "PreTrainedModel", adapter: Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, adapter, local_files_only=True).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StageError(f"{adapter} does not fit {BASE} ({reason}). Run `dvc repro train`.") from error
+        raise StageError(f"{adapter} does not fit {BASE} ({first_line(error)}). Run `dvc repro train`.") from error
 
 
 def probe_logits(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list["torch.Tensor"]:

@@ -2,13 +2,15 @@
 
 Reads data/raw/ (.jsonl, .jsonl.gz or .parquet; rows are OASST1's messages, flat or as nested trees, or conversations
 in a `messages` column, or `instruction` and `response` columns).
-Writes data/prepared/{train,validation}.parquet (one conversation a row) and reports/funnel.json (how many messages,
+Writes data/prepared/{train,validation}.parquet (one conversation a row; params.json beside them says how they were
+chosen) and reports/funnel.json (how many messages,
 trees, conversations and characters each step dropped and kept, by reason and by language). Run: `dvc repro prepare`
 """
 
 import gzip
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from stages.common.artifacts import write_json, write_whole
-from stages.common.errors import StageError, run_stage
+from stages.common.errors import StageError, first_line, run_stage
 from stages.common.params import load_params
 
 RAW = Path("data/raw")
@@ -29,6 +31,7 @@ FUNNEL = Path("reports/funnel.json")
 ROLES = {"prompter": "user", "assistant": "assistant"}
 # What a row must have to be a message at all; everything else is read where it is there.
 REQUIRED = ("message_id", "text", "role")
+SPLITS = ("train", "validation", "test")
 UNKNOWN = "unknown"  # the language of a row that states none
 # What instruction data sets call their two columns.
 INSTRUCTION_COLUMNS = (
@@ -55,7 +58,7 @@ def read_messages(folder: Path) -> pd.DataFrame:
         message_row(row, split_of(file))
         for file in files
         for number, top in enumerate(read_rows(file), 1)
-        for row in flatten(top, f"{file.name.partition('.')[0]}-{number}")
+        for row in flatten(top, f"{re.sub(r'[.](jsonl|jsonl[.]gz|parquet)$', '', file.name)}-{number}")
     ]
     if not rows:
         raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
@@ -80,14 +83,12 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
             f"{file.name} line {number}: not valid JSON ({error.msg}). Mend the file and fetch again."
         ) from None
     except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
-        raise StageError(
-            f"{file.name} cannot be read ({str(error).splitlines()[0]}). Is it damaged? Fetch again."
-        ) from None
+        raise StageError(f"{file.name} cannot be read ({first_line(error)}). Is it damaged? Fetch again.") from None
 
 
 def split_of(file: Path) -> str | None:
-    """The split that a file's name starts with: train or validation, else None."""
-    return next((name for name in ("train", "validation") if file.name.startswith(name)), None)
+    """The split that a file's name starts with, else None."""
+    return next((name for name in SPLITS if file.name.startswith(name)), None)
 
 
 def flatten(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
@@ -192,13 +193,16 @@ class Funnel:
 
     @staticmethod
     def count(messages: pd.DataFrame) -> dict[str, Any]:
-        """Messages, trees and characters of `messages`, and its messages by language."""
-        return {
-            "messages": len(messages),
-            "trees": int(messages["message_tree_id"].nunique()),
-            "characters": int(messages["text"].str.len().sum()),
-            "messages_by_language": {k: int(v) for k, v in messages["lang"].value_counts().sort_index().items()},
-        }
+        """Messages, trees and characters of `messages`, in all and by language."""
+
+        def figures(part: pd.DataFrame) -> dict[str, int]:
+            return {
+                "messages": len(part),
+                "trees": int(part["message_tree_id"].nunique()),
+                "characters": int(part["text"].str.len().sum()),
+            }
+
+        return {**figures(messages), "by_language": {k: figures(v) for k, v in messages.groupby("lang", sort=True)}}
 
     def drop(self, messages: pd.DataFrame, keep: pd.Series, reason: str, conversations: int = 0) -> pd.DataFrame:
         """Count the messages where `keep` is False under `reason`; return the others.
@@ -240,6 +244,20 @@ def reachable(messages: pd.DataFrame) -> pd.Series:
     return messages["message_id"].isin(found)
 
 
+def choose_splits(messages: pd.DataFrame, funnel: Funnel) -> pd.DataFrame:
+    """Settle the splits that the data brings: its validation split, or for want of it its test split, is held out.
+
+    A test split beside a validation split, and rows outside the two, are dropped: they are kept for others to test on.
+    Where there is no such pair of splits, `split` is None on all rows.
+    """
+    names = set(messages["split"].dropna())
+    held_out_name = next((name for name in ("validation", "test") if name in names), None)
+    if "train" not in names or held_out_name is None:
+        return messages.assign(split=None)
+    messages = funnel.drop(messages, messages["split"].isin(["train", held_out_name]), "other_split")
+    return messages.assign(split=messages["split"].replace(held_out_name, "validation"))
+
+
 def filter_messages(
     messages: pd.DataFrame,
     funnel: Funnel,
@@ -273,38 +291,54 @@ def filter_messages(
 # Threads ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Thread:
-    """A path from a root to an answer: the message ids, and for each answer whether it is trained on here."""
+Thread = tuple[str, ...]  # the message ids from a root to an answer
 
-    ids: tuple[str, ...]
-    trained: tuple[bool, ...]
+
+def right_roles(messages: pd.DataFrame) -> pd.Series:
+    """Which messages can stand in a conversation: a root that asks, and below it replies in the other role."""
+    role = messages.set_index("message_id")["role"]
+    parent_role = messages["parent_id"].map(role)
+    return (parent_role.isna() & (messages["role"] == "prompter")) | (
+        parent_role.notna() & (parent_role != messages["role"])
+    )
 
 
 def find_threads(messages: pd.DataFrame, which: str) -> list[Thread]:
-    """The conversations of all trees, in the order of their roots; every one alternates and ends on the assistant.
+    """The conversations of all trees, in the order of their roots; every one ends on the assistant.
 
-    `best` follows the best-ranked reply at each message (a missing rank counts as last, ties keep their order);
-    `all` gives every path to a leaf, and trains each answer only in the first path that holds it.
+    `messages` alternate (see `right_roles`). `best` follows the best-ranked reply at each message (a missing rank
+    counts as last, ties keep their order); `all` gives every path to a leaf.
     """
     role = dict(zip(messages["message_id"], messages["role"], strict=True))
     replies: dict[str, list[str]] = {}
     ranked = messages.sort_values("rank", kind="stable", na_position="last")
     for message_id, parent_id in zip(ranked["message_id"], ranked["parent_id"], strict=True):
-        if isinstance(parent_id, str) and role[message_id] != role[parent_id]:
+        if isinstance(parent_id, str):
             replies.setdefault(parent_id, []).append(message_id)
-    roots = messages.loc[messages["parent_id"].isna() & (messages["role"] == "prompter"), "message_id"]
-    threads = []
-    for root in roots:
+    threads: dict[Thread, None] = {}  # a set that keeps its order
+    for root in messages.loc[messages["parent_id"].isna(), "message_id"]:
         seen: set[str] = set()
         for path in _paths(root, replies, only_best=which == "best"):
             ids = path if role[path[-1]] == "assistant" else path[:-1]
-            if not ids or ids[-1] in seen:  # only a question, or the same conversation as a path before it
-                continue
-            trained = tuple(i not in seen for i in ids if role[i] == "assistant")
-            threads.append(Thread(tuple(ids), trained))
-            seen.update(ids)
-    return threads
+            if ids and ids[-1] not in seen:  # else only a question, or the beginning of a thread before it
+                threads[tuple(ids)] = None
+                seen.update(ids)
+    return list(threads)
+
+
+def unanswered(messages: pd.DataFrame) -> pd.Series:
+    """Which messages are questions that nobody answered."""
+    return (messages["role"] == "prompter") & ~messages["message_id"].isin(messages["parent_id"].dropna())
+
+
+def trained_answers(threads: list[Thread]) -> list[list[bool]]:
+    """For each answer of each thread, whether it is trained on there: only in the first thread that holds it."""
+    seen: set[str] = set()
+    flags = []
+    for ids in threads:
+        flags.append([i not in seen for i in ids[1::2]])
+        seen.update(ids)
+    return flags
 
 
 def _paths(root: str, replies: dict[str, list[str]], only_best: bool) -> Iterator[list[str]]:
@@ -318,13 +352,6 @@ def _paths(root: str, replies: dict[str, list[str]], only_best: bool) -> Iterato
             if only_best:
                 return
         stack.extend([*path, reply] for reply in reversed(following))
-
-
-def limit_turns(thread: Thread, max_turns: int | None) -> Thread:
-    """The first `max_turns` question-answer turns of a thread."""
-    if max_turns is None:
-        return thread
-    return Thread(thread.ids[: 2 * max_turns], thread.trained[:max_turns])
 
 
 def normalised(text: str) -> str:
@@ -373,43 +400,47 @@ def prepare(
         require_review=require_review,
     )
 
+    messages = choose_splits(messages, funnel)
+    messages = funnel.drop(messages, right_roles(messages), "wrong_role")
+    messages = funnel.drop(messages, reachable(messages), "below_a_wrong_role")
+    messages = funnel.drop(messages, ~unanswered(messages), "unanswered_question")
     found = find_threads(messages, threads)
-    messages = _only_used(messages, found, funnel, "not_on_a_chosen_thread")
-    found = [limit_turns(thread, max_turns) for thread in found]
-    found = [thread for thread in found if any(thread.trained)]
+    messages = _only_used(messages, found, funnel, "other_thread")
+    if max_turns is not None:
+        found = list(dict.fromkeys(ids[: 2 * max_turns] for ids in found))
     messages = _only_used(messages, found, funnel, "beyond_max_turns")
-    long_enough = [thread for thread in found if len(thread.trained) >= min_turns]
+    long_enough = [ids for ids in found if len(ids) >= 2 * min_turns]
     messages = _only_used(messages, long_enough, funnel, "below_min_turns", len(found) - len(long_enough))
 
     by_id = messages.set_index("message_id")
     text, tree, lang = (by_id[name].to_dict() for name in ("text", "message_tree_id", "lang"))
     role, split, own_system = (by_id[name].to_dict() for name in ("role", "split", "system"))
-    own_splits = {"train", "validation"} <= set(by_id["split"].dropna())
+    own_splits = messages["split"].notna().any()
 
-    def in_validation(thread: Thread) -> bool:
+    def in_validation(ids: Thread) -> bool:
         if own_splits:
-            return split[thread.ids[0]] == "validation"
-        return held_out(tree[thread.ids[0]], validation_fraction, split_seed)
+            return split[ids[0]] == "validation"
+        return held_out(tree[ids[0]], validation_fraction, split_seed)
 
     # Of two equal conversations the held-out one stays: a published validation split keeps its size.
     unique: dict[tuple[str, ...], Thread] = {}
-    for thread in sorted(long_enough, key=lambda thread: not in_validation(thread)):
-        unique.setdefault(tuple(normalised(text[i]) for i in thread.ids), thread)
+    for ids in sorted(long_enough, key=lambda ids: not in_validation(ids)):
+        unique.setdefault(tuple(normalised(text[i]) for i in ids), ids)
     chosen = set(unique.values())
-    kept = [thread for thread in long_enough if thread in chosen]
+    kept = [ids for ids in long_enough if ids in chosen]
     messages = _only_used(messages, kept, funnel, "duplicate_conversation", len(long_enough) - len(kept))
 
-    def messages_of(thread: Thread) -> list[dict[str, str]]:
-        own = own_system[thread.ids[0]]
+    def messages_of(ids: Thread) -> list[dict[str, str]]:
+        own = own_system[ids[0]]
         system = own if isinstance(own, str) else system_prompt
         first = [{"role": "system", "content": system}] if system else []
-        return first + [{"role": ROLES[role[i]], "content": text[i].strip()} for i in thread.ids]
+        return first + [{"role": ROLES[role[i]], "content": text[i].strip()} for i in ids]
 
     splits: dict[str, pd.DataFrame] = {}
     counts = {}
     for name, members in (
-        ("train", [t for t in kept if not in_validation(t)]),
-        ("validation", [t for t in kept if in_validation(t)]),
+        ("train", [ids for ids in kept if not in_validation(ids)]),
+        ("validation", [ids for ids in kept if in_validation(ids)]),
     ):
         if not members:
             raise StageError(
@@ -418,22 +449,24 @@ def prepare(
             )
         splits[name] = pd.DataFrame(
             {
-                "message_tree_id": [tree[t.ids[0]] for t in members],
-                "message_ids": [list(t.ids) for t in members],
-                "lang": [lang[t.ids[0]] for t in members],
-                "messages": [messages_of(t) for t in members],
-                "trained": [list(t.trained) for t in members],
+                "message_tree_id": [tree[ids[0]] for ids in members],
+                "message_ids": [list(ids) for ids in members],
+                "lang": [lang[ids[0]] for ids in members],
+                "messages": [messages_of(ids) for ids in members],
+                "trained": trained_answers(members),
             }
         )
-        used = messages[messages["message_id"].isin({i for t in members for i in t.ids})]
+        used = messages[messages["message_id"].isin({i for ids in members for i in ids})]
         counts[name] = {**Funnel.count(used), "conversations": len(members)}
+        for language, number in splits[name]["lang"].value_counts().items():
+            counts[name]["by_language"][language]["conversations"] = int(number)
     return splits, {"read": funnel.read, "dropped": funnel.dropped, "kept": counts}
 
 
 def _only_used(
     messages: pd.DataFrame, threads: list[Thread], funnel: Funnel, reason: str, conversations: int = 0
 ) -> pd.DataFrame:
-    used = {message_id for thread in threads for message_id in thread.ids}
+    used = {message_id for ids in threads for message_id in ids}
     return funnel.drop(messages, messages["message_id"].isin(used), reason, conversations)
 
 
@@ -458,6 +491,7 @@ def main() -> None:
         folder.mkdir()
         for name, conversations in splits.items():
             conversations.to_parquet(folder / f"{name}.parquet", index=False)
+        write_json(folder / "params.json", vars(params))
     write_json(FUNNEL, funnel)
     kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
     print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")

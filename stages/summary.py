@@ -1,19 +1,34 @@
 """Print what the pipeline made: base against tuned, one answer of each, where to look next.
 
-Reads reports/ and params.yaml; writes nothing. Run: `make all` ends with it; `python -m stages.summary`
+Reads reports/ and dvc.lock (what they were made with); writes nothing. Run: `python -m stages.summary`; `make all`
+ends with it.
 """
 
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from stages.common.artifacts import read_json
-from stages.common.errors import run_stage
-from stages.common.params import read_params
+from stages.common.errors import StageError, run_stage
+from stages.common.params import PARAMS
 
 REPORTS = Path("reports")
+LOCK = Path("dvc.lock")
 WIDTH = 96
 SAMPLE_CHARACTERS = 280
+
+
+def made_with() -> dict[str, Any]:
+    """The parameters of the last finished run, which params.yaml may have left behind."""
+    if not LOCK.exists():
+        raise StageError("nothing was made yet. Run `make all`.")
+    stages = YAML(typ="safe").load(LOCK.read_text(encoding="utf-8"))["stages"]
+    return {
+        key: value for stage in stages.values() for key, value in stage.get("params", {}).get(str(PARAMS), {}).items()
+    }
 
 
 def table(metrics: dict) -> list[str]:
@@ -49,8 +64,8 @@ def one_sample(page: str) -> list[str]:
 
 def main() -> None:
     metrics = read_json(REPORTS / "metrics.json")
-    held_out, params = metrics["held_out"], read_params()
-    print(f"\nBase {params.base_model}\ntuned on {params.dataset}, {params.max_steps} steps")
+    held_out, made = metrics["held_out"], made_with()
+    print(f"\nBase {made['base_model']}\ntuned on {made['dataset']}, {made['max_steps']} steps")
     print(f"measured on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens:\n")
     print("\n".join(table(metrics)))
     print("\nOne answer side by side:\n")

@@ -2,10 +2,12 @@
 
 Reads data/prepared/ and the tokenizer of models/base/.
 Writes data/tokenized/{train,validation}.parquet (input_ids, assistant_masks, length), data/tokenized/tokenizer/ (the
-base model's tokenizer with the chosen template, end and padding token) and reports/tokens.json (counts).
+base model's tokenizer with the chosen template, end and padding token), data/tokenized/params.json (how the data were
+made so far) and reports/tokens.json (counts).
 Run: `dvc repro tokenize`
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import pandas as pd
 
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
 from stages.common.errors import StageError, run_stage
+from stages.common.models import load_config, load_tokenizer
 from stages.common.params import load_params
 
 if TYPE_CHECKING:
@@ -29,69 +32,98 @@ SPLITS = ("train", "validation")
 BATCH = 512  # conversations tokenised at once: enough for the fast tokenizer's threads, little memory
 
 
+def has_marks(template: str) -> bool:
+    """Whether a chat template marks the assistant's text."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
 def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The Jinja text of a chat template, with its {% generation %} marks.
 
-    `name` is a file of stages/templates/ without its ending, the path of a .jinja file, or `model` for the
-    tokenizer's own. Raises StageError when there is none or it has no marks.
+    `name` is a file of stages/templates/ without its ending, or `model` for the tokenizer's own, to which TRL adds the
+    marks for the model families it knows. Raises StageError when there is none or it has no marks.
     """
     if name == "model":
         from trl.chat_template_utils import get_training_chat_template
 
         if tokenizer.chat_template is None:
-            raise StageError("chat_template: model: the base model has no chat template; use chatml, phi2 or a file.")
-        if "generation" in tokenizer.chat_template:
+            raise StageError("chat_template: model: the base model has no chat template; use chatml or phi2.")
+        if has_marks(tokenizer.chat_template):
             return str(tokenizer.chat_template)
         try:
             return str(get_training_chat_template(tokenizer))
         except ValueError:
             raise StageError(
                 "chat_template: model: the base model's template does not mark the assistant's text with "
-                "{% generation %}. Copy it to a .jinja file, add the marks, and name that file."
+                f"{{% generation %}}. Copy it to {TEMPLATES}/NAME.jinja, add the marks, and set chat_template: NAME."
             ) from None
-    path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
+    path = TEMPLATES / f"{name}.jinja"
     if not path.is_file():
-        raise StageError(f"chat_template: {path} does not exist.")
+        names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise StageError(f"chat_template: {path} does not exist. There are: {names}, model.")
     template = path.read_text(encoding="utf-8")
-    if "generation" not in template:
+    if not has_marks(template):
         raise StageError(f"chat_template: {path} has no {{% generation %}} marks around the assistant's text.")
     return template
 
 
 def set_special_tokens(tokenizer: "PreTrainedTokenizerBase", template: str, vocab_size: int) -> None:
-    """Give `tokenizer` the template, the end token that closes an answer in it, and a padding token that is another.
+    """Give `tokenizer` the template, the end token that closes an answer in it, and a padding token.
 
-    Padding with the end token would take it out of the loss, and the model would never learn to stop.
-    `vocab_size` is the number of rows of the model's embedding. Raises StageError when the end is no single token.
+    Padding is another token than the end wherever the vocabulary has one to spare (`vocab_size` is the number of rows
+    of the model's embedding): whoever masks padding by its token would else teach a model never to stop. Here the loss
+    follows the masks alone. Raises StageError when the template ends answers with no single special token.
     """
     tokenizer.chat_template = template
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids, mask = encode(tokenizer, [probe])[0]
-    if 1 not in mask:
+    ids, mask = _apply(tokenizer, [probe])[0]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    spans = answer_spans(mask)
+    if not spans:
         raise StageError("chat_template: the template marks no assistant text.")
-    end = ids[answer_spans(mask)[-1][1] - 1]
-    if end not in tokenizer.added_tokens_decoder:
+    answer = ids[slice(*spans[-1])]
+    ends = [token for token in answer if token in special]
+    if not ends:
         raise StageError(
-            f"chat_template: in it an answer ends with {tokenizer.decode(end)!r}, which is no special token of the "
-            "base model, so the model could not learn to stop. Choose a template that fits the model (phi2, chatml)."
+            f"chat_template: in it an answer ends with {tokenizer.decode(answer[-1])!r}, which is no special token of "
+            "the base model, so the model could not learn to stop. Choose a template that fits the model."
         )
+    end = ends[-1]
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != end:
         return
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != end:
-        tokenizer.pad_token = tokenizer.unk_token
-    elif len(tokenizer) < vocab_size:  # a spare row of the embedding; untrained, and never looked at
+    spare = [tokenizer.unk_token_id, *sorted(special - {tokenizer.bos_token_id}), tokenizer.bos_token_id]
+    other = next((token for token in spare if token in special and token != end), None)
+    if other is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
+    elif len(tokenizer) < vocab_size:  # a row of the embedding that no token has; untrained, and never looked at
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     else:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0 if end != 0 else 1)
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _apply(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict[str, str]]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids and assistant mask of each conversation, exactly as the template marks them."""
+    encoded = tokenizer.apply_chat_template(list(conversations), return_dict=True, return_assistant_tokens_mask=True)
+    return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
 
 
 def encode(
     tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids and assistant mask (1 on the assistant's tokens, its end token included) of each conversation."""
-    encoded = tokenizer.apply_chat_template(list(conversations), return_dict=True, return_assistant_tokens_mask=True)
-    return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+    """Token ids and assistant mask of each conversation: 1 on each answer's tokens up to its end token, 0 elsewhere."""
+    encoded = []
+    for ids, marked in _apply(tokenizer, conversations):
+        mask = list(marked)
+        for start, stop in answer_spans(marked):
+            # Some templates mark the line break after the end token, too.
+            while stop > start + 1 and ids[stop - 1] != tokenizer.eos_token_id:
+                stop -= 1
+                mask[stop] = 0
+        encoded.append((list(ids), mask))
+    return encoded
 
 
 def answer_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
@@ -160,22 +192,17 @@ def count_tokens(frame: pd.DataFrame) -> dict[str, Any]:
 
 def main() -> None:
     params = load_params("tokenize")
-    config = read_json(BASE / "config.json")
-    longest = config.get("max_position_embeddings")
+    config = load_config(BASE)
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and params.max_length > longest:
         raise StageError(f"max_length: {params.max_length}: the base model reads at most {longest} tokens.")
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load_tokenizer(BASE)
     if not tokenizer.is_fast:
+        raise StageError(f"{BASE} has no fast tokenizer (tokenizer.json), needed to tell the assistant's tokens.")
+    set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config.vocab_size)
+    if len(tokenizer) > config.vocab_size:
         raise StageError(
-            f"{BASE} has no fast tokenizer (tokenizer.json), which is needed to tell the assistant's tokens."
-        )
-    set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config["vocab_size"])
-    if len(tokenizer) > config["vocab_size"]:
-        raise StageError(
-            f"{BASE}: the tokenizer has {len(tokenizer)} tokens, the model {config['vocab_size']}: they do not fit."
+            f"{BASE}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: they do not fit."
         )
 
     counts = {}
@@ -192,6 +219,7 @@ def main() -> None:
                 f"tokenize: {split}: {counts[split]['conversations']} conversations, {counts[split]['tokens']} tokens"
             )
         tokenizer.save_pretrained(folder / "tokenizer")
+        write_json(folder / "params.json", {**read_json(PREPARED / "params.json"), **vars(params)})
     write_json(TOKENS, counts)
 
 

@@ -6,6 +6,7 @@ reports/loss/{train,validation}.csv (the loss curves, in nats a supervised token
 models/checkpoints/ until the adapter is done: a killed run goes on from the last one. Run: `dvc repro train`
 """
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from stages.common.artifacts import digest_files, read_parquet, write_json, write_whole
+from stages.common.artifacts import digest_files, read_json, read_parquet, write_json, write_whole
 from stages.common.errors import StageError, run_stage
 from stages.common.models import linear_layers, load_model, load_tokenizer, quantization_config
 from stages.common.params import load_params
@@ -129,11 +130,12 @@ def check_targets(base: Path, target_modules: list[str]) -> None:
         raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. It has {', '.join(names)}.")
 
 
-def check_logits(model: "PeftModel", ids: list[int]) -> None:
-    """Raise StageError when the model's logits on `ids` are not finite, as Phi's can be in float16."""
+def check_logits(model: "PeftModel", ids: list[int], dtype: "torch.dtype") -> None:
+    """Raise StageError when the logits on `ids`, computed in `dtype`, are not finite, as Phi's can be in float16."""
     import torch
 
-    with torch.no_grad(), torch.random.fork_rng():
+    mixed = torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), torch.random.fork_rng(), mixed:
         logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
     if not torch.isfinite(logits).all():
         raise StageError(
@@ -154,7 +156,8 @@ def build_trainer(
     class Trainer(SFTTrainer):
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             # Evaluating must not change the training after it: whatever it draws, the random state is put back.
-            with torch.random.fork_rng(), self.compute_loss_context_manager():
+            # It computes in the training's precision, since accelerate has wrapped the model's forward by now.
+            with torch.random.fork_rng():
                 hide = not self.is_world_process_zero()
                 with tqdm(total=len(validation), desc="held-out loss", unit="conv", leave=False, disable=hide) as bar:
                     scores = score(
@@ -226,14 +229,36 @@ def fingerprint(params: SimpleNamespace) -> str:
     return hashlib.sha256(f"{sorted(vars(params).items())} {files}".encode()).hexdigest()[:16]
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder: one whose trainer_state.json, which is written last, can be read."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            found.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            print(f"train: passing over {path}: it was not written to its end", flush=True)
+    return max(found)[1] if found else None
+
+
+def resume(trainer: "SFTTrainer", checkpoint: Path) -> None:
+    """Train on from a checkpoint; if its training had reached the end, only load what it had learnt."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step >= trainer.args.max_steps:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+        return
+    trainer.args.eval_on_start = False  # the checkpoint's log has that
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 def main() -> None:
     params = load_params("train")
     check_machine(params.fp16, params.bf16, params.attn_implementation)
     check_targets(BASE, params.target_modules)
     train, validation = (read_parquet(TOKENIZED / f"{split}.parquet") for split in ("train", "validation"))
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
-
-    from transformers.trainer_utils import get_last_checkpoint
 
     dtype = compute_dtype(params.fp16, params.bf16)
     quantization = (
@@ -246,17 +271,18 @@ def main() -> None:
     model = add_adapter(model, params)
     checkpoints = CHECKPOINTS / fingerprint(params)
     trainer = build_trainer(model, training_arguments(params, checkpoints), train, validation, tokenizer)
-    with trainer.compute_loss_context_manager():
-        check_logits(model, list(train["input_ids"][train["length"].argmax()]))
+    check_logits(model, list(train["input_ids"][train["length"].argmax()]), dtype)
 
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if last:
+    last = last_checkpoint(checkpoints)
+    if last is None:
+        trainer.train()
+    else:
         print(f"train: going on from {last}", flush=True)
-    trainer.train(resume_from_checkpoint=last)
+        resume(trainer, last)
 
     curves = loss_curves(trainer.state.log_history)
     record = {
-        "params": vars(params),
+        "params": {**read_json(TOKENIZED / "params.json"), **vars(params)},
         "train_conversations": len(train),
         "train_supervised_tokens": int(sum(sum(mask) for mask in train["assistant_masks"])),
         "held_out_conversations": len(validation),

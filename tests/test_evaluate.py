@@ -77,8 +77,9 @@ def test_answers_are_greedy_whatever_they_are_batched_with(name, template, reque
         ]
         for t in texts
     ]
-    together = answer(model, prompts, tokenizer, 6)
-    assert together == [answer(model, [prompt], tokenizer, 6)[0] for prompt in prompts]
+    together = answer(model, prompts, tokenizer, 6, 8)
+    assert together == [answer(model, [prompt], tokenizer, 6, 8)[0] for prompt in prompts]
+    assert together[::-1] == answer(model, prompts[::-1], tokenizer, 6, 1)
     # One step by hand: the most likely token after the prompt.
     with torch.no_grad():
         first = model(input_ids=torch.tensor([prompts[0]])).logits[0, -1].argmax().item()

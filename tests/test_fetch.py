@@ -2,7 +2,6 @@
 
 import hashlib
 import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -225,4 +224,3 @@ def test_a_failed_fetch_exits_with_one_line_and_leaves_nothing(project):
     assert len(result.stderr.splitlines()) == 1
     assert not (project.folder / "data/raw").exists()
     assert not list(project.folder.rglob("*.partial"))
-    assert sys.executable

@@ -59,28 +59,36 @@ def test_repro_experiments_and_refusals(tiny_project):
     assert (folder / "reports/metrics.json").read_bytes() == before
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint(tiny_project):
+@pytest.mark.parametrize("step", [3, "end"])
+def test_a_killed_training_goes_on_from_its_checkpoint(tiny_project, step):
     for stage in ("fetch", "prepare", "tokenize"):
         tiny_project.run(f"stages.{stage}")
     unbroken = tiny_project.run("stages.train")
     assert "going on" not in unbroken.stdout
     weights = (tiny_project.folder / "models/adapter/adapter_model.safetensors").read_bytes()
-    curve = (tiny_project.folder / "reports/loss/train.csv").read_bytes()
-    kill = (
-        "import os, signal, runpy, transformers\n"
+    curves = [(tiny_project.folder / f"reports/loss/{split}.csv").read_bytes() for split in ("train", "validation")]
+    # Killed in the middle of its steps, or when they are done and the adapter is about to be written.
+    place = (
+        "trainer_callback.DefaultFlowCallback.on_step_end"
+        if step == 3
+        else "trainer_callback.CallbackHandler.on_train_end"
+    )
+    (tiny_project.folder / "killed.py").write_text(
+        "import os, runpy, signal\n"
+        "from transformers import trainer_callback\n"
+        f"real = {place}\n"
         "def stop(self, args, state, control, **kwargs):\n"
-        "    if state.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "transformers.TrainerCallback.on_step_end = stop\n"
-        "transformers.trainer_callback.DefaultFlowCallback.on_step_end, real = (\n"
-        "    lambda self, *a, **k: (stop(self, *a, **k), real(self, *a, **k))[1],\n"
-        "    transformers.trainer_callback.DefaultFlowCallback.on_step_end)\n"
+        f"    if state.global_step == {3 if step == 3 else 4}:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, args, state, control, **kwargs)\n"
+        f"{place} = stop\n"
         "runpy.run_module('stages.train', run_name='__main__')\n"
     )
-    (tiny_project.folder / "killed.py").write_text(kill)
     assert tiny_project.run("killed", check=False).returncode == -9
     resumed = tiny_project.run("stages.train")
-    assert "going on from" in resumed.stdout and "checkpoint-2" in resumed.stdout
-    assert (tiny_project.folder / "reports/loss/train.csv").read_bytes() == curve
+    assert "going on from" in resumed.stdout and f"checkpoint-{2 if step == 3 else 4}" in resumed.stdout
+    again = [(tiny_project.folder / f"reports/loss/{split}.csv").read_bytes() for split in ("train", "validation")]
+    assert again == curves
     assert (tiny_project.folder / "models/adapter/adapter_model.safetensors").read_bytes() == weights
 
 

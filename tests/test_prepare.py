@@ -62,7 +62,8 @@ def check_funnel(funnel):
             left -= step[what]
             assert step[f"{what}_left"] == left
     for step in [funnel["read"], *funnel["dropped"].values(), *funnel["kept"].values()]:
-        assert sum(step["messages_by_language"].values()) == step["messages"]
+        for what in ("messages", "characters"):
+            assert sum(language[what] for language in step["by_language"].values()) == step[what]
 
 
 # A split that holds tree b out and trains on tree a, and a tree on a's side that will be a copy of it.
@@ -118,7 +119,10 @@ def test_golden_funnel():
         "deleted": 1,  # c.0
         "rejected_in_review": 1,  # k
         "below_a_dropped_message": 1,  # c.0.p
-        "not_on_a_chosen_thread": 7,  # a.2, a.1.p, b.null, e, e.p, f, g
+        "wrong_role": 2,  # e.p, f
+        "below_a_wrong_role": 0,
+        "unanswered_question": 3,  # a.1.p, e, g
+        "other_thread": 2,  # a.2, b.null
         "beyond_max_turns": 0,
         "below_min_turns": 0,
         "duplicate_conversation": 2,  # h, h.a
@@ -129,11 +133,12 @@ def test_golden_funnel():
         "orphan": 1,
         "tree_state": 1,
         "rejected_in_review": 1,
-        "not_on_a_chosen_thread": 3,
+        "wrong_role": 1,
+        "unanswered_question": 2,
         "duplicate_conversation": 1,
     }
     assert sum(s["conversations"] for s in funnel["kept"].values()) == 3
-    assert sum(s["messages_by_language"].get("de", 0) for s in funnel["kept"].values()) == 2
+    assert sum(s["by_language"].get("de", {"messages": 0})["messages"] for s in funnel["kept"].values()) == 2
     check_funnel(funnel)
 
 
@@ -191,6 +196,56 @@ def test_each_filter_drops_what_it_names(changes, row, reason):
     if row:  # without the filter, or without the flag, the answer stays
         conversations, _ = run([*rows[:1], message("a.1", "a"), *others], **{**changes, "languages": []})
         assert ids(conversations, "a") == [["a", "a.1"]]
+
+
+def test_an_answer_of_a_thread_too_short_to_keep_is_trained_in_a_longer_one():
+    rows = [
+        message("a", role="prompter"),
+        message("a.1", "a"),
+        message("a.1.q", "a.1", role="prompter", rank=0),
+        message("a.1.p", "a.1", role="prompter", rank=1),
+        message("a.1.p.x", "a.1.p"),
+    ]
+    long = [
+        row
+        for other in trees_in_both_splits()[::2]
+        for row in (
+            other,
+            message(other["message_id"] + ".a", other["message_id"]),
+            message(other["message_id"] + ".p", other["message_id"] + ".a", role="prompter"),
+            message(other["message_id"] + ".x", other["message_id"] + ".p"),
+        )
+    ]
+    conversations, _ = run(rows + long, threads="all", min_turns=2)
+    chosen = conversations[conversations["message_tree_id"] == "a"]
+    assert [list(trained) for trained in chosen["trained"]] == [[True, True]]
+
+
+@pytest.mark.parametrize(
+    "splits, held, dropped",
+    [
+        (("train", "validation", "test"), "validation", 2),
+        (("train", "test"), "test", 0),
+        (("train", "validation", None), "validation", 2),
+    ],
+)
+def test_a_published_test_split_is_never_trained_on(splits, held, dropped):
+    parts = [
+        frame([message(f"{name}", role="prompter"), message(f"{name}.a", f"{name}")], name) for name in map(str, splits)
+    ]
+    parts = [part.assign(split=None) if name is None else part for name, part in zip(splits, parts, strict=True)]
+    conversations, funnel = run(pd.concat(parts, ignore_index=True))
+    by_split = conversations.groupby("split")["message_tree_id"].apply(list).to_dict()
+    assert by_split == {"train": ["train"], "validation": [held]}
+    assert funnel["dropped"].get("other_split", {"messages": 0})["messages"] == dropped
+    check_funnel(funnel)
+
+
+def test_files_with_like_names_do_not_swallow_each_other(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    for part in (1, 2):
+        write_jsonl(tmp_path / f"chat.part{part}.jsonl", [{"messages": turns}])
+    assert read_messages(tmp_path)["message_id"].nunique() == 4
 
 
 def test_turn_limits():
@@ -365,7 +420,7 @@ def test_a_very_deep_tree_does_not_overflow():
 
     rows = frame(list(flatten({"message_tree_id": "r", "tree_state": "x", "prompt": top}, "x-1")))
     threads = find_threads(rows, "best")
-    assert len(threads) == 1 and len(threads[0].ids) == 5000
+    assert len(threads) == 1 and len(threads[0]) == 5000
 
 
 real = pytest.mark.skipif(not SHARED_OASST1.is_dir(), reason="the real OASST1 rows are not here")

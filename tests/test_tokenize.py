@@ -1,5 +1,7 @@
 """Chat templates to tokens: exact ids and masks, whole turns only, an end token that is learnt."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from conftest import SHARED_OASST1
@@ -109,11 +111,14 @@ def test_padding_is_not_the_end_token(name, request):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-def test_a_model_without_spare_rows_pads_with_an_ordinary_token(tiny_phi):
+def test_without_a_token_to_spare_padding_shares_the_end_token_but_no_letter_is_touched(tiny_phi, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_phi)
     size = len(tokenizer)
     set_special_tokens(tokenizer, load_template("phi2", tokenizer), size)
-    assert len(tokenizer) == size and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(again) == size and again.pad_token_id == again.eos_token_id
+    assert again.decode(again.encode("Hi! You!"), skip_special_tokens=True) == "Hi! You!"
 
 
 @pytest.mark.parametrize("name", ["llama", "phi"])
@@ -128,17 +133,39 @@ def test_the_plain_template_renders_the_same_text(name, request):
         )
 
 
-def test_templates_that_do_not_fit_are_refused(tiny_phi, tmp_path):
+def test_templates_that_do_not_fit_are_refused(tiny_phi, tmp_path, monkeypatch):
     phi = AutoTokenizer.from_pretrained(tiny_phi)
     with pytest.raises(StageError, match="no special token of the"):
         set_special_tokens(phi, load_template("chatml", phi), 1000)
     with pytest.raises(StageError, match="has no chat template"):
         load_template("model", AutoTokenizer.from_pretrained(tiny_phi))
-    with pytest.raises(StageError, match="does not exist"):
-        load_template(str(tmp_path / "none.jinja"), phi)
-    (tmp_path / "bare.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(StageError, match="does not exist. There are: chatml, phi2, model"):
+        load_template("none", phi)
+    monkeypatch.setattr("stages.tokenize.TEMPLATES", tmp_path)
+    (tmp_path / "bare.jinja").write_text("{{ messages[0].content }}{% if add_generation_prompt %}{% endif %}")
     with pytest.raises(StageError, match="no {% generation %} marks"):
-        load_template(str(tmp_path / "bare.jinja"), phi)
+        load_template("bare", phi)
+
+
+@pytest.mark.parametrize("known", ["qwen2_5.jinja", "qwen3.jinja", "llama3.jinja"])
+def test_a_models_own_template_gets_its_marks_and_its_end_token(known, tiny_llama):
+    import trl
+
+    own = Path(trl.__file__).parent / "chat_templates" / known
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    if "llama3" in known:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]}
+        )
+    tokenizer.chat_template = own.read_text(encoding="utf-8")
+    set_special_tokens(tokenizer, load_template("model", tokenizer), len(tokenizer))
+    ids, mask = encode(tokenizer, [TALK])[0]
+    end = "<|eot_id|>" if "llama3" in known else "<|im_end|>"
+    assert tokenizer.eos_token == end and tokenizer.pad_token != end
+    assert [text.split("</think>")[-1].strip() for text in supervised(tokenizer, ids, mask)] == [
+        f"It is 2.{end}",
+        f"Paris{end}",
+    ]
 
 
 def test_cutting_keeps_whole_turns():

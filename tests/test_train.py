@@ -17,10 +17,12 @@ from stages.tokenize import load_template, set_special_tokens, tokenize
 from stages.train import (
     add_adapter,
     build_trainer,
+    check_logits,
     check_machine,
     check_targets,
     compute_dtype,
     fingerprint,
+    last_checkpoint,
     lora_config,
     loss_curves,
     to_dataset,
@@ -185,9 +187,9 @@ def test_a_tuned_tiny_model_learns_to_stop(tiny_llama, llama_params, tmp_path):
         load_tiny(tiny_llama, llama_params), training_arguments(llama_params, tmp_path), rows, rows, tokenizer
     )
     prompts = [question_of(row) for row in rows.itertuples()]
-    before = answer(trainer.model.eval(), prompts, tokenizer, 24)
+    before = answer(trainer.model.eval(), prompts, tokenizer, 24, 12)
     trainer.train()
-    after = answer(trainer.model.eval(), prompts, tokenizer, 24)
+    after = answer(trainer.model.eval(), prompts, tokenizer, 24, 12)
     assert sum(stopped for _, stopped in before) < len(prompts) / 2
     assert sum(stopped for _, stopped in after) == len(prompts)
 
@@ -218,6 +220,29 @@ def test_score_is_the_loss_of_each_conversation_alone(tiny_llama):
             loss = model(input_ids=ids, labels=labels).loss.item()
         assert count == (labels != -100).sum()
         assert nll / count == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_finite_check_computes_in_the_training_precision(dtype, tiny_llama, llama_params):
+    model, seen = load_tiny(tiny_llama, llama_params), []
+    layer = model.get_base_model().model.layers[0].self_attn
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output[0].dtype))
+    check_logits(model, [5, 6, 7], dtype)
+    assert seen == [dtype]
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.fill_(float("inf"))
+    with pytest.raises(StageError, match="logits are not finite"):
+        check_logits(model, [5, 6, 7], dtype)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path, capsys):
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert capsys.readouterr().out.count("passing over") == 2
+    assert last_checkpoint(tmp_path / "none") is None
 
 
 def test_targets_that_do_not_fit_name_those_that_do(tiny_phi, tiny_llama):

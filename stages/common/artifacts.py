@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from stages.common.errors import StageError
+from stages.common.errors import StageError, first_line
 
 
 @contextmanager
@@ -69,8 +69,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise StageError(f"{path} is missing. Run `dvc repro` to make it.") from None
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise StageError(f"{path} cannot be read ({reason}). Delete it and run `dvc repro`.") from None
+        raise StageError(f"{path} cannot be read ({first_line(error)}). Delete it and run `dvc repro`.") from None
 
 
 def digest_files(paths: list[Path]) -> str:

