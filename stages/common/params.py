@@ -113,7 +113,9 @@ class Params(BaseModel):
         description="merge into the base as training saw it (`dequantized`) or as it was fetched (`original`)"
     )
     merge_dtype: Dtype = Field(description="number format of the merged model's weights")
-    merge_max_logit_diff: float = Field(gt=0, description="mean absolute difference of logits to the unmerged model above which merge fails")
+    merge_max_logit_diff: float = Field(
+        gt=0, description="mean absolute difference of logits to the unmerged model above which merge fails"
+    )
 
     # evaluate
     eval_dtype: Dtype = Field(description="number format in which base and tuned model are compared")
