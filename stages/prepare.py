@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.common.artifacts import write_json, write_whole
+from stages.common.artifacts import read_json, write_json, write_whole
 from stages.common.errors import StageError, first_line, run_stage
 from stages.common.params import load_params
 
@@ -31,6 +32,12 @@ FUNNEL = Path("reports/funnel.json")
 ROLES = {"prompter": "user", "assistant": "assistant"}
 # What a row must have to be a message at all; everything else is read where it is there.
 REQUIRED = ("message_id", "text", "role")
+# Messages and trees of data sets at commits that many have counted.
+OASST1 = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
+KNOWN_COUNTS = {
+    ("OpenAssistant/oasst1", OASST1): (88_838, 10_364),
+    ("OpenAssistant/oasst1/2023-04-12_oasst_all.trees.jsonl.gz", OASST1): (161_443, 66_497),
+}
 SPLITS = ("train", "validation", "test")
 UNKNOWN = "unknown"  # the language of a row that states none
 # What instruction data sets call their two columns.
@@ -359,6 +366,29 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def near_duplicates(texts: list[str], max_similarity: float) -> list[bool]:
+    """Which texts share more than `max_similarity` of their word triples with an earlier one that is kept.
+
+    The Jaccard similarity is estimated from 128 MinHash permutations (Broder, On the resemblance and containment of
+    documents, 1997): its standard error is at most 0.05.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=max_similarity, num_perm=128)
+    hashes: dict[int, MinHash] = {}
+    copies = []
+    for number, text in enumerate(texts):
+        words = text.split()
+        minhash = MinHash(num_perm=128, seed=1)
+        minhash.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
+        copy = any(hashes[other].jaccard(minhash) > max_similarity for other in index.query(minhash))
+        copies.append(copy)
+        if not copy:
+            hashes[number] = minhash
+            index.insert(number, minhash)
+    return copies
+
+
 def held_out(tree_id: str, fraction: float, seed: int) -> bool:
     """Whether a tree belongs to the validation split: by a hash, so that other trees coming or going move none."""
     digest = hashlib.sha256(f"{seed}:{tree_id}".encode()).digest()
@@ -377,6 +407,7 @@ def prepare(
     require_review: bool,
     min_turns: int,
     max_turns: int | None,
+    max_similarity: float | None,
     validation_fraction: float,
     split_seed: int,
     system_prompt: str,
@@ -430,6 +461,19 @@ def prepare(
     kept = [ids for ids in long_enough if ids in chosen]
     messages = _only_used(messages, kept, funnel, "duplicate_conversation", len(long_enough) - len(kept))
 
+    if max_similarity is not None:
+        first = sorted(kept, key=lambda ids: not in_validation(ids))
+        near = near_duplicates([" ".join(normalised(text[i]) for i in ids) for ids in first], max_similarity)
+        chosen = {ids for ids, copy in zip(first, near, strict=True) if not copy}
+        messages = _only_used(messages, list(chosen), funnel, "near_duplicate", len(kept) - len(chosen))
+        kept = [ids for ids in kept if ids in chosen]
+
+    # A held-out question must be new to the model, even where its answers differ.
+    questions = {normalised(text[ids[0]]) for ids in kept if in_validation(ids)}
+    clean = [ids for ids in kept if in_validation(ids) or normalised(text[ids[0]]) not in questions]
+    messages = _only_used(messages, clean, funnel, "question_is_held_out", len(kept) - len(clean))
+    kept = clean
+
     def messages_of(ids: Thread) -> list[dict[str, str]]:
         own = own_system[ids[0]]
         system = own if isinstance(own, str) else system_prompt
@@ -470,6 +514,17 @@ def _only_used(
     return funnel.drop(messages, messages["message_id"].isin(used), reason, conversations)
 
 
+def check_known(source: dict[str, Any], read: dict[str, Any]) -> str | None:
+    """A warning when a data set that everybody knows, at a known commit, was read with other counts; else None."""
+    known = KNOWN_COUNTS.get((source["source"], source["revision"]))
+    if known is None or known == (read["messages"], read["trees"]):
+        return None
+    return (
+        f"warning: {source['source']} at this commit has {known[0]} messages in {known[1]} trees, but "
+        f"{read['messages']} in {read['trees']} were read. Fetch it again."
+    )
+
+
 def main() -> None:
     params = load_params("prepare")
     splits, funnel = prepare(
@@ -483,6 +538,7 @@ def main() -> None:
         require_review=params.require_review,
         min_turns=params.min_turns,
         max_turns=params.max_turns,
+        max_similarity=params.max_similarity,
         validation_fraction=params.validation_fraction,
         split_seed=params.split_seed,
         system_prompt=params.system_prompt,
@@ -493,6 +549,8 @@ def main() -> None:
             conversations.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "params.json", vars(params))
     write_json(FUNNEL, funnel)
+    if warning := check_known(read_json(RAW / "source.json"), funnel["read"]):
+        print(warning, file=sys.stderr, flush=True)
     kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
     print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
 

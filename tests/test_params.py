@@ -185,6 +185,7 @@ ANOTHER = {
         "require_review": False,
         "min_turns": 2,
         "max_turns": 3,
+        "max_similarity": 0.8,
         "validation_fraction": 0.2,
         "split_seed": 7,
     },

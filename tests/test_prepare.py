@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.common.errors import StageError
-from stages.prepare import Funnel, find_threads, held_out, message_row, prepare, read_messages, valid_rows
+from stages.prepare import (
+    Funnel,
+    check_known,
+    find_threads,
+    held_out,
+    message_row,
+    near_duplicates,
+    prepare,
+    read_messages,
+    valid_rows,
+)
 
 DEFAULTS = {
     "threads": "best",
@@ -22,6 +32,7 @@ DEFAULTS = {
     "require_review": True,
     "min_turns": 1,
     "max_turns": None,
+    "max_similarity": None,
     "validation_fraction": 0.5,
     "split_seed": 0,
     "system_prompt": "",
@@ -126,6 +137,7 @@ def test_golden_funnel():
         "beyond_max_turns": 0,
         "below_min_turns": 0,
         "duplicate_conversation": 2,  # h, h.a
+        "question_is_held_out": 0,
     }
     assert funnel["dropped"]["duplicate_conversation"]["conversations"] == 1
     assert {reason: step["trees"] for reason, step in funnel["dropped"].items() if step["trees"]} == {
@@ -270,6 +282,51 @@ def test_hub_splits_are_kept_and_a_copy_leaves_the_train_side():
     assert list(conversations.loc[conversations["split"] == "validation", "message_tree_id"]) == ["z"]
     assert "a" not in set(conversations["message_tree_id"])
     check_funnel(funnel)
+
+
+def test_a_held_out_question_is_not_trained_on_with_another_answer():
+    train = [message("a", role="prompter", text="Why?"), message("a.1", "a", text="So."), *trees_in_both_splits()]
+    held = [message("z", role="prompter", text="WHY?"), message("z.1", "z", text="Because.")]
+    conversations, funnel = run(pd.concat([frame(train, "train"), frame(held, "validation")], ignore_index=True))
+    assert set(conversations["message_tree_id"]) & {"a", "z"} == {"z"}
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] == 1
+    check_funnel(funnel)
+
+
+def test_near_duplicates_by_hand():
+    words = [f"w{i}" for i in range(40)]
+    texts = [
+        " ".join(words),
+        " ".join([*words[:39], "other"]),  # shares 37 of 39 triples
+        " ".join([*words[:20], *(f"v{i}" for i in range(20))]),  # shares 18 of 58
+        "short",
+        "short",
+    ]
+    assert near_duplicates(texts, 0.8) == [False, True, False, False, True]
+    assert near_duplicates(texts, 0.15) == [False, True, True, False, True]
+
+
+def test_near_duplicates_leave_the_train_side_and_are_off_by_default():
+    text = " ".join(f"word{i}" for i in range(60))
+    train = [
+        message("a", role="prompter", text="one"),
+        message("a.1", "a", text=text + " end"),
+        *trees_in_both_splits(),
+    ]
+    held = [message("z", role="prompter", text="two"), message("z.1", "z", text=text)]
+    both = pd.concat([frame(train, "train"), frame(held, "validation")], ignore_index=True)
+    conversations, funnel = run(both, max_similarity=0.8)
+    assert set(conversations["message_tree_id"]) & {"a", "z"} == {"z"}
+    assert funnel["dropped"]["near_duplicate"]["conversations"] == 1
+    check_funnel(funnel)
+    assert {"a", "z"} <= set(run(both)[0]["message_tree_id"])
+
+
+def test_known_data_with_other_counts_is_warned_of():
+    source = {"source": "OpenAssistant/oasst1", "revision": "fdf72ae0827c1cda404aff25b6603abec9e3399b"}
+    assert check_known(source, {"messages": 88_838, "trees": 10_364}) is None
+    assert "has 88838 messages in 10364 trees, but 5 in 1" in str(check_known(source, {"messages": 5, "trees": 1}))
+    assert check_known({**source, "revision": "0" * 40}, {"messages": 5, "trees": 1}) is None
 
 
 def test_split_does_not_move_when_other_trees_come():

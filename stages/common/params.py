@@ -50,6 +50,9 @@ class Params(BaseModel):
     require_review: bool = Field(description="drop messages that reviewers rejected")
     min_turns: Positive = Field(description="drop conversations with fewer question-answer turns")
     max_turns: Positive | None = Field(description="cut conversations after so many turns; null keeps all")
+    max_similarity: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="drop conversations that share more of their word triples with one before; null drops none"
+    )
     validation_fraction: float = Field(
         gt=0, le=0.5, description="share of trees held out, if the data has no such split"
     )
