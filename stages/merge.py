@@ -33,15 +33,16 @@ PROBES = (
 )
 
 
-def dequantized_weights(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
-    """The weights of a 4-bit model's quantised layers as training multiplied by them, by parameter name, in float32."""
+def copy_dequantized(source: "PreTrainedModel", target: "PreTrainedModel") -> None:
+    """Give `target`, layer by layer, the weights of a 4-bit model's quantised layers as training multiplied by them."""
     import bitsandbytes as bnb
+    import torch
 
-    return {
-        f"{name}.weight": bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().cpu()
-        for name, layer in model.named_modules()
-        if isinstance(layer, bnb.nn.Linear4bit)
-    }
+    for name, layer in source.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            with torch.no_grad():
+                target.get_parameter(f"{name}.weight").copy_(weight)
 
 
 def attach(model: "PreTrainedModel", adapter: Path) -> Any:
@@ -85,18 +86,13 @@ def merge_adapter(
     """
     import torch
 
-    load = {"dtype": torch.float32, "attn_implementation": attn_implementation}
-    weights: dict[str, torch.Tensor] = {}
+    model = load_model(base, torch.float32, attn_implementation=attn_implementation)
     expected: list[torch.Tensor] = []
     if merge_base == "dequantized":
-        trained = load_model(base, **load, quantization=quantization)
-        weights = dequantized_weights(trained)
+        trained = load_model(base, torch.float32, quantization=quantization, attn_implementation=attn_implementation)
+        copy_dequantized(trained, model)
         expected = probe_logits(attach(trained, adapter), tokenizer)
         del trained
-    model = load_model(base, **load)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected:
-        raise StageError(f"{base}: its 4-bit form has layers that it has not: {', '.join(unexpected[:3])}")
     with_adapter = attach(model, adapter)
     if not expected:
         expected = probe_logits(with_adapter, tokenizer)
@@ -112,10 +108,10 @@ def model_card(training: dict[str, Any], base: dict[str, Any], data: dict[str, A
     """The Markdown of the model's README, with the hub's front matter; every figure is from a recorded artifact."""
     licence = base["license"] or "other"
     params = "\n".join(f"| {key} | `{value}` |" for key, value in training["params"].items())
+    version = f"`{data['revision']}`" if data["revision"] else "the version in this repository"
     facts = {
         "Base model": f"`{base['source']}` at `{base['revision']}`, licence {base['license'] or 'not stated'}",
-        "Data": f"`{data['source']}` at `{data['revision'] or 'the version in this repository'}`, "
-        f"licence {data['license'] or 'not stated'}",
+        "Data": f"`{data['source']}` at {version}, licence {data['license'] or 'not stated'}",
         "Trained on": f"{training['train_conversations']} conversations, "
         f"{training['train_supervised_tokens']} supervised tokens (the assistant's)",
         "Merged": f"LoRA into the {merge.merge_base} base, weights in {merge.merge_dtype}",
@@ -150,7 +146,7 @@ chat = pipeline("text-generation", model="models/merged")
 print(chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=128)[0]["generated_text"][-1]["content"])
 ```
 
-## Training parameters
+## Parameters
 | parameter | value |
 | --- | --- |
 {params}

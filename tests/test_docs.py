@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ships
 from ruamel.yaml import YAML
 
 from stages.common.params import Params, read_params
@@ -90,6 +90,7 @@ def test_every_stage_is_in_the_readme_and_opens_with_how_to_run_it():
         assert f"`dvc repro {stage}`" in docstring
 
 
+@ships
 def test_the_figures_in_the_readme_are_those_in_git():
     from stages.common.artifacts import read_json
     from stages.summary import table

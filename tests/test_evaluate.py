@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ships
 from transformers import AutoTokenizer
 
 from stages.common import models
@@ -103,6 +103,7 @@ def test_samples_page_and_summary_read_well():
     assert one_sample(samples_page(["Capital of France?", "Other?"], answers, 8))[0] == "  Other?"
 
 
+@ships
 def test_committed_metrics_show_a_better_model():
     """The figures in git are those of the embedded recipe: tuned better than base, beyond doubt."""
     metrics = read_json(ROOT / "reports/metrics.json")

@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import RECIPE, ROOT, ships
 from ruamel.yaml import YAML
 
 from stages.common.errors import StageError
@@ -17,7 +17,7 @@ DVC_YAML = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8")
 
 def edited(tmp_path, *lines: str):
     """A copy of the shipped params.yaml with lines put at its end (YAML refuses a key twice, so drop the old one)."""
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    text = RECIPE.read_text(encoding="utf-8")
     for line in lines:
         key = line.split(":")[0]
         text = re.sub(rf"^{key}:.*\n(- .*\n)*", "", text, flags=re.MULTILINE)
@@ -26,8 +26,9 @@ def edited(tmp_path, *lines: str):
     return path
 
 
+@ships
 def test_shipped_parameters_are_the_embedded_recipe():
-    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "recipes/smollm2-cpu.yaml").read_bytes()
+    assert (ROOT / "params.yaml").read_bytes() == RECIPE.read_bytes()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -127,7 +128,7 @@ def test_all_problems_are_reported_at_once_one_line_each(tmp_path):
 
 def test_a_missing_key_and_broken_yaml_are_named(tmp_path):
     path = tmp_path / "params.yaml"
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    text = RECIPE.read_text(encoding="utf-8")
     path.write_text(text.replace("lora_r: 16\n", ""), encoding="utf-8")
     with pytest.raises(StageError, match="lora_r: is missing"):
         read_params(path)

@@ -1,0 +1,133 @@
+"""Take a Phi of phi-2's exact shape, with random weights, through train and merge on a CPU; print peaks and times.
+
+It shows, before anyone rents a GPU, that the reference recipe's code holds at full size: 2.78 billion parameters are
+made, quantised, trained for two steps (killed after the first, and resumed) and merged. Nothing is downloaded. Needs
+20 GiB of memory and 35 GB of disk under the temporary folder. Run: `python -m bench.phi2_full_size`
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What is changed in the reference recipe: a CPU's precision, short and few conversations.
+CHANGES = {
+    "base_model": "file:made-by-this-benchmark",
+    "base_model_revision": None,
+    "dataset": "file:data/sample/oasst_sample.jsonl",
+    "dataset_revision": None,
+    "languages": ["en"],
+    "validation_fraction": 0.01,
+    "max_length": 256,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 1,
+    "max_steps": 2,
+    "eval_steps": 2,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "fp16": False,
+}
+
+
+def make_phi2(folder: Path) -> int:
+    """Save a randomly initialised Phi in phi-2's shape, in float16 shards, with a small tokenizer; returns its size."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedTokenizerFast
+
+    # https://huggingface.co/microsoft/phi-2, config.json
+    config = PhiConfig(
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model.save_pretrained(folder, max_shard_size="2GB")
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=[end], initial_alphabet=alphabet)
+    tokenizer.train([str(ROOT / "data/sample/oasst_sample.jsonl")], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=end, bos_token=end, eos_token=end).save_pretrained(
+        folder
+    )
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measured(project: Path, module: str, kill_when: Path | None = None) -> tuple[float, float]:
+    """Run `python -m module` in the project; returns its peak memory (GiB) and its time (s).
+
+    With `kill_when` it is killed as soon as that file is there. Exits with the module's own status if it fails.
+    """
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", module], cwd=project)
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        if kill_when is not None and list(project.glob(str(kill_when))):
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.2)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, -signal.SIGKILL if kill_when else 0):
+        sys.exit(f"error: {module} failed with status {process.returncode}")
+    return usage.ru_maxrss / 1024**2, time.monotonic() - started
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="phi2-") as folder:
+        project = Path(folder)
+        for name in ("stages", "data/sample", "recipes", "dvc.yaml", "requirements.lock"):
+            source, target = ROOT / name, project / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+        yaml = YAML()
+        params = yaml.load((ROOT / "recipes/phi2-oasst1.yaml").read_text(encoding="utf-8"))
+        with (project / "params.yaml").open("w", encoding="utf-8") as file:
+            yaml.dump({**params, **CHANGES}, file)
+        (project / "data/raw").mkdir()
+        shutil.copyfile(project / "data/sample/oasst_sample.jsonl", project / "data/raw/oasst_sample.jsonl")
+        for kind in ("data/raw", "models/base"):
+            (project / kind).mkdir(parents=True, exist_ok=True)
+            (project / kind / "source.json").write_text(
+                '{"source": "made-by-this-benchmark", "revision": null, "license": null}\n'
+            )
+        with get_context("spawn").Pool(1) as another_process:  # so that its memory is given back
+            size = another_process.apply(make_phi2, [project / "models/base"])
+        print(f"bench: a Phi of {size:,} parameters", flush=True)
+        measured(project, "stages.prepare")
+        measured(project, "stages.tokenize")
+        first = Path("models/checkpoints/*/checkpoint-1/trainer_state.json")
+        rows.append(("train, killed after step 1", *measured(project, "stages.train", kill_when=first)))
+        rows.append(("train, resumed for step 2", *measured(project, "stages.train")))
+        for base in ("original", "dequantized"):
+            with (project / "params.yaml").open("w", encoding="utf-8") as file:
+                yaml.dump({**params, **CHANGES, "merge_base": base}, file)
+            rows.append((f"merge, {base}", *measured(project, "stages.merge")))
+    print("\n| stage | peak memory, GiB | time, s |\n| --- | --- | --- |")
+    for name, peak, seconds in rows:
+        print(f"| {name} | {peak:.1f} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
