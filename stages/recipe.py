@@ -3,6 +3,7 @@
 Run: `make recipe NAME=phi2-oasst1` (or `python -m stages.recipe phi2-oasst1`)
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from stages.common.errors import StageError, run_stage
 from stages.common.params import PARAMS, read_params
 
 RECIPES = Path("recipes")
-PREVIOUS = RECIPES / "previous.yaml"
 
 
 def switch(name: str) -> str:
@@ -26,8 +26,10 @@ def switch(name: str) -> str:
     if PARAMS.exists():
         current = PARAMS.read_text(encoding="utf-8")
         if all(current != path.read_text(encoding="utf-8") for path in RECIPES.glob("*.yaml")):
-            write_text(PREVIOUS, current)
-            said += "\nYour edited params.yaml is kept: make recipe NAME=previous brings it back."
+            places = (RECIPES / ("previous" + (f"-{n}" if n > 1 else "") + ".yaml") for n in itertools.count(1))
+            kept = next(place for place in places if not place.exists())
+            write_text(kept, current)
+            said += f"\nYour edited params.yaml is kept: make recipe NAME={kept.stem} brings it back."
     write_text(PARAMS, recipe)
     return said
 

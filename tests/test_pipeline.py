@@ -14,6 +14,7 @@ def stages_run(result) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", result.stdout)
 
 
+MADE = ["reports/metrics.json", "reports/samples.md", "reports/loss/train.csv", "models/adapter/training.json"]
 STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate"]
 
 
@@ -49,14 +50,18 @@ def test_repro_experiments_and_refusals(tiny_project):
     tiny_project.run("dvc", "plots", "show")
     assert "loss" in (folder / "dvc_plots/index.html").read_text(encoding="utf-8")
 
-    # A wrong value: one line, and what was there stays.
-    before = (folder / "reports/metrics.json").read_bytes()
+    # A wrong value: one line, and nothing is lost.
+    before = {path: (folder / path).read_bytes() for path in MADE}
     refused = tiny_project.run("dvc", "exp", "run", "-S", "learning_rate=-1", check=False)
     assert refused.returncode != 0
     said = [line for line in (refused.stdout + refused.stderr).splitlines() if line.startswith("error:")]
     assert said == ["error: params.yaml: learning_rate: -1: must be greater than 0"]
     assert "Traceback" not in refused.stdout + refused.stderr
-    assert (folder / "reports/metrics.json").read_bytes() == before
+    # The way back from it computes nothing anew.
+    tiny_project.set(learning_rate=1e-5)
+    back = tiny_project.run("dvc", "repro")
+    assert stages_run(back) == []
+    assert {path: (folder / path).read_bytes() for path in MADE} == before
 
 
 @pytest.mark.parametrize("step", [3, "end"])
@@ -111,8 +116,11 @@ def test_recipes_are_switched_without_losing_edits(project):
     assert "make recipe NAME=previous" in said
     project.run("stages.recipe", "previous")
     assert params.read_bytes() == edited
+    project.set(seed=8)
+    assert "make recipe NAME=previous-2" in project.run("stages.recipe", "smollm2-cpu").stdout
+    project.run("stages.recipe", "previous")
     refused = project.run("stages.recipe", "nonsense", check=False)
-    assert refused.returncode == 1 and "one of: phi2-oasst1, previous, smollm2-cpu" in refused.stderr
+    assert refused.returncode == 1 and "one of: phi2-oasst1, previous, previous-2, smollm2-cpu" in refused.stderr
     assert params.read_bytes() == edited
 
 
