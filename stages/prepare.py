@@ -87,10 +87,12 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except json.JSONDecodeError as error:
         raise StageError(
-            f"{file.name} line {number}: not valid JSON ({error.msg}). Mend the file and fetch again."
+            f"{file.name} line {number}: not valid JSON ({error.msg}). Mend the file, then `dvc repro`."
         ) from None
     except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
-        raise StageError(f"{file.name} cannot be read ({first_line(error)}). Is it damaged? Fetch again.") from None
+        raise StageError(
+            f"{file.name} cannot be read ({first_line(error)}). Is it damaged? Put a whole one there, then `dvc repro`."
+        ) from None
 
 
 def split_of(file: Path) -> str | None:

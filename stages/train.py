@@ -291,6 +291,9 @@ def main() -> None:
     }
     with write_whole(ADAPTER) as folder:
         trainer.model.save_pretrained(folder)
+        # PEFT holds the target modules in a set, whose order is another in every process.
+        config = read_json(folder / "adapter_config.json")
+        write_json(folder / "adapter_config.json", {**config, "target_modules": sorted(config["target_modules"])})
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; merge writes a true one
         tokenizer.save_pretrained(folder)
         write_json(folder / "training.json", record)
@@ -299,6 +302,8 @@ def main() -> None:
         for split, curve in curves.items():
             curve.to_csv(folder / f"{split}.csv", index=False)
     shutil.rmtree(checkpoints, ignore_errors=True)
+    if CHECKPOINTS.is_dir() and not list(CHECKPOINTS.iterdir()):
+        CHECKPOINTS.rmdir()
     before, after = record["held_out_loss_before"], record["held_out_loss_after"]
     print(f"train: held-out loss {before:.3f} -> {after:.3f} nats a token, in {params.max_steps} steps")
 
