@@ -249,6 +249,7 @@ def committed_project(tiny_project):
     return tiny_project
 
 
+@pytest.mark.slow
 def test_each_key_reruns_its_stages_and_no_others(committed_project, monkeypatch):
     from dvc.repo import Repo
 
