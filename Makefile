@@ -20,7 +20,7 @@ endef
 export LEND_IDENTITY
 
 .DEFAULT_GOAL := help
-.PHONY: help all test test-fast lint recipe status clean lock setup
+.PHONY: help all test test-fast lint plan recipe status clean lock setup
 
 help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ lint: setup  ## Check style (ruff) and types (mypy).
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+plan: setup  ## Say what a run needs (memory, disk, time) and whether this machine has it, before any download.
+	@$(PY) -m stages.plan
 
 recipe: setup  ## Put recipes/NAME.yaml in place of params.yaml: make recipe NAME=phi2-oasst1
 	@$(PY) -m stages.recipe $(NAME)

@@ -1,7 +1,8 @@
 """Take a Phi of phi-2's exact shape, with random weights, through train and merge on a CPU; print peaks and times.
 
 It shows, before anyone rents a GPU, that the reference recipe's code holds at full size: 2.78 billion parameters are
-made, quantised, trained for two steps (killed after the first, and resumed) and merged. Nothing is downloaded. Needs
+made, quantised, trained for two steps (killed after the first, and resumed) and merged, each beside the memory that
+`make plan` would have said. Nothing is downloaded. Needs
 20 GiB of memory and 35 GB of disk under the temporary folder. Run: `python -m bench.phi2_full_size`
 """
 
@@ -16,6 +17,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ruamel.yaml import YAML
+
+from stages import plan
+from stages.common.artifacts import read_json, write_json
+from stages.common.memory import GIB
+from stages.common.params import read_params
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,28 +111,31 @@ def main() -> None:
         params = yaml.load((ROOT / "recipes/phi2-oasst1.yaml").read_text(encoding="utf-8"))
         with (project / "params.yaml").open("w", encoding="utf-8") as file:
             yaml.dump({**params, **CHANGES}, file)
-        (project / "data/raw").mkdir()
-        shutil.copyfile(project / "data/sample/oasst_sample.jsonl", project / "data/raw/oasst_sample.jsonl")
-        for kind in ("data/raw", "models/base"):
-            (project / kind).mkdir(parents=True, exist_ok=True)
-            (project / kind / "source.json").write_text(
-                '{"source": "made-by-this-benchmark", "revision": null, "license": null}\n'
-            )
+        (project / "models/base").mkdir(parents=True)
+        (project / "data/raw/1").mkdir(parents=True)
+        shutil.copyfile(project / "data/sample/oasst_sample.jsonl", project / "data/raw/1/oasst_sample.jsonl")
+        origin = {"source": "made-by-this-benchmark", "revision": None, "license": None}
+        write_json(project / "data/raw/source.json", [origin])
+        write_json(project / "models/base/source.json", origin)
         with get_context("spawn").Pool(1) as another_process:  # so that its memory is given back
             size = another_process.apply(make_phi2, [project / "models/base"])
         print(f"bench: a Phi of {size:,} parameters", flush=True)
         measured(project, "stages.prepare")
         measured(project, "stages.tokenize")
         first = Path("models/checkpoints/*/checkpoint-1/trainer_state.json")
-        rows.append(("train, killed after step 1", *measured(project, "stages.train", kill_when=first)))
-        rows.append(("train, resumed for step 2", *measured(project, "stages.train")))
+        config = plan.configuration(read_json(project / "models/base/config.json"))
+        planned = plan.peaks(config, read_params(project / "params.yaml"), CHANGES["max_length"], on_gpu=False)
+        killed = measured(project, "stages.train", kill_when=first)
+        rows.append(("train, killed after step 1", planned["train"], *killed))
+        rows.append(("train, resumed for step 2", planned["train"], *measured(project, "stages.train")))
         for base in ("original", "dequantized"):
             with (project / "params.yaml").open("w", encoding="utf-8") as file:
                 yaml.dump({**params, **CHANGES, "merge_base": base}, file)
-            rows.append((f"merge, {base}", *measured(project, "stages.merge")))
-    print("\n| stage | peak memory, GiB | time, s |\n| --- | --- | --- |")
-    for name, peak, seconds in rows:
-        print(f"| {name} | {peak:.1f} | {seconds:.0f} |")
+            planned = plan.peaks(config, read_params(project / "params.yaml"), CHANGES["max_length"], on_gpu=False)
+            rows.append((f"merge, {base}", planned["merge"], *measured(project, "stages.merge")))
+    print("\n| stage | planned, GiB | peak memory, GiB | time, s |\n| --- | --- | --- | --- |")
+    for name, need, peak, seconds in rows:
+        print(f"| {name} | {need / GIB:.1f} | {peak:.1f} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

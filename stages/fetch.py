@@ -1,8 +1,8 @@
 """Fetch the pinned data set and the base model.
 
-Reads the two sources that params.yaml names (and data/sample, data/local for local ones).
-Writes data/raw/ (the data set's files, untouched) and models/base/ (safetensors, tokenizer, config), each with a
-source.json that says where it came from. Run: `dvc repro fetch`
+Reads the sources that params.yaml names (and data/sample, data/local for local ones).
+Writes data/raw/1/, data/raw/2/, … (each data set's files, untouched), models/base/ (safetensors, tokenizer, config),
+and data/raw/source.json (a list) and models/base/source.json, which say where they came from. Run: `dvc repro fetch`
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from stages.common.artifacts import write_json, write_whole
 from stages.common.errors import StageError, first_line, run_stage
 from stages.common.params import load_params
-from stages.common.sources import Source, parse_source
+from stages.common.sources import Source, parse_source, parse_sources
 
 RAW = Path("data/raw")
 BASE = Path("models/base")
@@ -75,16 +75,17 @@ def describe(source: Source, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     params = load_params("fetch")
-    dataset = parse_source(params.dataset, params.dataset_revision)
+    datasets = parse_sources(params.dataset, params.dataset_revision)
     base_model = parse_source(params.base_model, params.base_model_revision)
     with write_whole(RAW) as raw, write_whole(BASE) as base:
-        dataset.fetch("dataset", raw)
+        for number, dataset in enumerate(datasets, 1):
+            dataset.fetch("dataset", raw / str(number))
         base_model.fetch("model", base)
         convert_gguf(base)
         check_model(base, base_model)
-        write_json(raw / "source.json", describe(dataset, raw))
+        write_json(raw / "source.json", [describe(d, raw / str(i)) for i, d in enumerate(datasets, 1)])
         write_json(base / "source.json", describe(base_model, base))
-    print(f"fetch: {params.dataset} -> {RAW}/, {params.base_model} -> {BASE}/")
+    print(f"fetch: {', '.join(d.text for d in datasets)} -> {RAW}/, {params.base_model} -> {BASE}/")
 
 
 if __name__ == "__main__":

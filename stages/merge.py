@@ -86,13 +86,16 @@ def merge_adapter(
     """
     import torch
 
-    model = load_model(base, torch.float32, attn_implementation=attn_implementation)
     expected: list[torch.Tensor] = []
     if merge_base == "dequantized":
+        # Before the larger one: loading in 4 bits takes more for a moment than it keeps.
         trained = load_model(base, torch.float32, quantization=quantization, attn_implementation=attn_implementation)
+        model = load_model(base, torch.float32, attn_implementation=attn_implementation)
         copy_dequantized(trained, model)
         expected = probe_logits(attach(trained, adapter), tokenizer)
         del trained
+    else:
+        model = load_model(base, torch.float32, attn_implementation=attn_implementation)
     with_adapter = attach(model, adapter)
     if not expected:
         expected = probe_logits(with_adapter, tokenizer)
@@ -104,14 +107,20 @@ def plain_template(template: str) -> str:
     return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
 
 
-def model_card(training: dict[str, Any], base: dict[str, Any], data: dict[str, Any], merge: SimpleNamespace) -> str:
+def model_card(
+    training: dict[str, Any], base: dict[str, Any], datasets: list[dict[str, Any]], merge: SimpleNamespace
+) -> str:
     """The Markdown of the model's README, with the hub's front matter; every figure is from a recorded artifact."""
     licence = base["license"] or "other"
     params = "\n".join(f"| {key} | `{value}` |" for key, value in training["params"].items())
-    version = f"`{data['revision']}`" if data["revision"] else "the version in this repository"
+    data = "; ".join(
+        f"`{d['source']}` at {'`' + d['revision'] + '`' if d['revision'] else 'the version in this repository'}, "
+        f"licence {d['license'] or 'not stated'}"
+        for d in datasets
+    )
     facts = {
         "Base model": f"`{base['source']}` at `{base['revision']}`, licence {base['license'] or 'not stated'}",
-        "Data": f"`{data['source']}` at {version}, licence {data['license'] or 'not stated'}",
+        "Data": data,
         "Trained on": f"{training['train_conversations']} conversations, "
         f"{training['train_supervised_tokens']} supervised tokens (the assistant's)",
         "Merged": f"LoRA into the {merge.merge_base} base, weights in {merge.merge_dtype}",

@@ -1,7 +1,7 @@
 """Turn message trees into conversations: choose threads, filter, deduplicate, split.
 
-Reads data/raw/ (.jsonl, .jsonl.gz or .parquet; rows are OASST1's messages, flat or as nested trees, or conversations
-in a `messages` column, or `instruction` and `response` columns).
+Reads data/raw/1/, … (.jsonl, .jsonl.gz or .parquet; rows are OASST1's messages, flat or as nested trees, or
+conversations in a `messages` column, or `instruction` and `response` columns).
 Writes data/prepared/{train,validation}.parquet (one conversation a row; params.json beside them says how they were
 chosen) and reports/funnel.json (how many messages,
 trees, conversations and characters each step dropped and kept, by reason and by language). Run: `dvc repro prepare`
@@ -52,24 +52,25 @@ INSTRUCTION_COLUMNS = (
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_messages(folder: Path) -> pd.DataFrame:
+def read_messages(folder: Path, dataset: int = 0) -> pd.DataFrame:
     """All message rows under `folder`, in file order, with the hub split a file's name states (None elsewhere).
 
     Columns: message_id, parent_id, message_tree_id, tree_state, text, role, lang, rank, deleted, synthetic,
-    review_result, quality, toxicity, system, split. A row without a message_id, text or role keeps None there.
+    review_result, quality, toxicity, system, split, dataset (as given). A row without a message_id, text or role keeps
+    None there.
     """
     files = sorted(p for p in folder.glob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
     if not files:
         raise StageError(f"{folder} holds no .jsonl, .jsonl.gz or .parquet file. Check `dataset` in params.yaml.")
-    rows = [
-        message_row(row, split_of(file))
-        for file in files
-        for number, top in enumerate(read_rows(file), 1)
-        for row in flatten(top, f"{re.sub(r'[.](jsonl|jsonl[.]gz|parquet)$', '', file.name)}-{number}")
-    ]
+    rows = []
+    for file in files:
+        name = re.sub(r"[.](jsonl|jsonl[.]gz|parquet)$", "", file.name)
+        for number, top in enumerate(read_rows(file), 1):
+            rows += [message_row(row, split_of(file)) for row in flatten(top, f"{dataset + 1}/{name}-{number}")]
     if not rows:
         raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
-    return pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
+    table = pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
+    return table.assign(dataset=dataset)
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -254,17 +255,20 @@ def reachable(messages: pd.DataFrame) -> pd.Series:
 
 
 def choose_splits(messages: pd.DataFrame, funnel: Funnel) -> pd.DataFrame:
-    """Settle the splits that the data brings: its validation split, or for want of it its test split, is held out.
+    """Settle the splits that each data set brings: its validation split, or for want of it its test split, is held out.
 
     A test split beside a validation split, and rows outside the two, are dropped: they are kept for others to test on.
-    Where there is no such pair of splits, `split` is None on all rows.
+    Where a data set has no such pair of splits, `split` is None on all its rows.
     """
-    names = set(messages["split"].dropna())
-    held_out_name = next((name for name in ("validation", "test") if name in names), None)
-    if "train" not in names or held_out_name is None:
-        return messages.assign(split=None)
-    messages = funnel.drop(messages, messages["split"].isin(["train", held_out_name]), "other_split")
-    return messages.assign(split=messages["split"].replace(held_out_name, "validation"))
+    split = messages["split"].copy()
+    for _, names in messages.groupby("dataset")["split"]:
+        held_out_name = next((name for name in ("validation", "test") if (names == name).any()), None)
+        if held_out_name is None or not (names == "train").any():
+            split[names.index] = None
+        else:
+            split[names.index] = names.map({"train": "train", held_out_name: "validation"}).fillna("other")
+    messages = messages.assign(split=split)
+    return funnel.drop(messages, messages["split"].ne("other"), "other_split")
 
 
 def filter_messages(
@@ -397,9 +401,21 @@ def held_out(tree_id: str, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
+def weighted(threads: list[Thread], weight: float, seed: int) -> list[Thread]:
+    """`threads` as often as `weight` says: each `weight` times; a fraction's part of them, drawn by hash, once more.
+
+    The order stays; a repetition follows the one before it.
+    """
+    times, part = divmod(weight, 1)
+    by_hash = sorted(threads, key=lambda ids: hashlib.sha256(f"{seed}:{ids}".encode()).digest())
+    once_more = set(by_hash[: round(part * len(threads))])
+    return [ids for ids in threads for _ in range(int(times) + (ids in once_more))]
+
+
 def prepare(
     messages: pd.DataFrame,
     *,
+    dataset_weights: list[float] | None,
     threads: str,
     tree_states: list[str],
     languages: list[str],
@@ -416,9 +432,9 @@ def prepare(
 ) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """Message rows (see `read_messages`) to conversations, by split, and the funnel of counts.
 
-    A conversation has message_tree_id, message_ids, lang (of its first message), messages (role and content, as TRL
-    reads them; first its own system turn or the system prompt, unless that is empty) and trained (one flag for each
-    assistant message).
+    A conversation has message_tree_id, message_ids, dataset (0, 1, …), lang (of its first message), messages (role and
+    content, as TRL reads them; first its own system turn or the system prompt, unless that is empty) and trained (one
+    flag for each assistant message). `dataset_weights` shape the training split alone (see `weighted`).
     """
     funnel = Funnel(Funnel.count(messages.fillna({"text": "", "message_tree_id": ""})))
     messages = valid_rows(messages, funnel)
@@ -447,11 +463,10 @@ def prepare(
 
     by_id = messages.set_index("message_id")
     text, tree, lang = (by_id[name].to_dict() for name in ("text", "message_tree_id", "lang"))
-    role, split, own_system = (by_id[name].to_dict() for name in ("role", "split", "system"))
-    own_splits = messages["split"].notna().any()
+    role, split, own_system, dataset = (by_id[name].to_dict() for name in ("role", "split", "system", "dataset"))
 
     def in_validation(ids: Thread) -> bool:
-        if own_splits:
+        if isinstance(split[ids[0]], str):
             return split[ids[0]] == "validation"
         return held_out(tree[ids[0]], validation_fraction, split_seed)
 
@@ -475,6 +490,16 @@ def prepare(
     clean = [ids for ids in kept if in_validation(ids) or normalised(text[ids[0]]) not in questions]
     messages = _only_used(messages, clean, funnel, "question_is_held_out", len(kept) - len(clean))
     kept = clean
+    train = [ids for ids in kept if not in_validation(ids)]
+    validation = [ids for ids in kept if in_validation(ids)]
+    if dataset_weights is not None:
+        train = [
+            ids
+            for number, weight in enumerate(dataset_weights)
+            for ids in weighted([ids for ids in train if dataset[ids[0]] == number], weight, split_seed)
+        ]
+        unused = len(kept) - len(validation) - len(set(train))
+        messages = _only_used(messages, validation + train, funnel, "below_weight", unused)
 
     def messages_of(ids: Thread) -> list[dict[str, str]]:
         own = own_system[ids[0]]
@@ -485,8 +510,8 @@ def prepare(
     splits: dict[str, pd.DataFrame] = {}
     counts = {}
     for name, members in (
-        ("train", [ids for ids in kept if not in_validation(ids)]),
-        ("validation", [ids for ids in kept if in_validation(ids)]),
+        ("train", train),
+        ("validation", validation),
     ):
         if not members:
             raise StageError(
@@ -497,6 +522,7 @@ def prepare(
             {
                 "message_tree_id": [tree[ids[0]] for ids in members],
                 "message_ids": [list(ids) for ids in members],
+                "dataset": [dataset[ids[0]] for ids in members],
                 "lang": [lang[ids[0]] for ids in members],
                 "messages": [messages_of(ids) for ids in members],
                 "trained": trained_answers(members),
@@ -504,6 +530,9 @@ def prepare(
         )
         used = messages[messages["message_id"].isin({i for ids in members for i in ids})]
         counts[name] = {**Funnel.count(used), "conversations": len(members)}
+        if messages["dataset"].nunique() > 1:
+            of_each = splits[name]["dataset"].value_counts()
+            counts[name]["by_dataset"] = {str(number + 1): int(of_each[number]) for number in sorted(of_each.index)}
         for language, number in splits[name]["lang"].value_counts().items():
             counts[name]["by_language"][language]["conversations"] = int(number)
     return splits, {"read": funnel.read, "dropped": funnel.dropped, "kept": counts}
@@ -516,21 +545,28 @@ def _only_used(
     return funnel.drop(messages, messages["message_id"].isin(used), reason, conversations)
 
 
-def check_known(source: dict[str, Any], read: dict[str, Any]) -> str | None:
+def check_known(source: dict[str, Any], messages: int, trees: int) -> str | None:
     """A warning when a data set that everybody knows, at a known commit, was read with other counts; else None."""
     known = KNOWN_COUNTS.get((source["source"], source["revision"]))
-    if known is None or known == (read["messages"], read["trees"]):
+    if known is None or known == (messages, trees):
         return None
     return (
         f"warning: {source['source']} at this commit has {known[0]} messages in {known[1]} trees, but "
-        f"{read['messages']} in {read['trees']} were read. Fetch it again."
+        f"{messages} in {trees} were read. Fetch it again."
     )
 
 
 def main() -> None:
     params = load_params("prepare")
+    sources = read_json(RAW / "source.json")
+    tables = []
+    for number, source in enumerate(sources):
+        tables.append(read_messages(RAW / str(number + 1), number))
+        if warning := check_known(source, len(tables[-1]), tables[-1]["message_tree_id"].nunique()):
+            print(warning, file=sys.stderr, flush=True)
     splits, funnel = prepare(
-        read_messages(RAW),
+        pd.concat(tables, ignore_index=True),
+        dataset_weights=params.dataset_weights,
         threads=params.threads,
         tree_states=params.tree_states,
         languages=params.languages,
@@ -551,8 +587,6 @@ def main() -> None:
             conversations.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "params.json", vars(params))
     write_json(FUNNEL, funnel)
-    if warning := check_known(read_json(RAW / "source.json"), funnel["read"]):
-        print(warning, file=sys.stderr, flush=True)
     kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
     print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from stages.common import memory
 from stages.common.artifacts import digest_files, read_json, read_parquet, write_json, write_whole
 from stages.common.errors import StageError, run_stage
-from stages.common.models import linear_layers, load_model, load_tokenizer, quantization_config
+from stages.common.machine import Machine, this_machine
+from stages.common.models import linear_layers, load_config, load_model, load_tokenizer, quantization_config
 from stages.common.params import load_params
 from stages.common.scoring import score
 
@@ -56,6 +58,27 @@ def check_machine(fp16: bool, bf16: bool, attn_implementation: str) -> None:
             raise StageError("attn_implementation: flash_attention_2 needs a CUDA GPU. Set it to sdpa.")
     elif bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise StageError(f"bf16: true: {torch.cuda.get_device_name()} has no bfloat16. Set bf16: false and fp16: true.")
+
+
+def check_memory(
+    base: Path, fp16: bool, bf16: bool, load_in_4bit: bool, double_quant: bool, machine: Machine | None = None
+) -> None:
+    """Raise StageError when the base model's weights alone are more than this machine, or its GPU, can hold."""
+    machine = machine or this_machine()
+    shape = memory.shape_of(load_config(base), target_modules=[], lora_r=1)
+    dtype = "float16" if fp16 else "bfloat16" if bf16 else "float32"
+    if machine.gpu is None:
+        needed, there, where = memory.load_peak(shape, dtype, None, load_in_4bit), machine.memory, "this machine"
+    else:
+        needed = memory.CUDA_CONTEXT + memory.weight_bytes(shape, dtype, load_in_4bit, double_quant)
+        there, where = machine.gpu, machine.gpu_name
+    if needed > there:
+        less = "" if load_in_4bit else "Set load_in_4bit: true, or take "
+        raise StageError(
+            f"the base model's weights take {needed / memory.GIB:.1f} GiB, and {where} has "
+            f"{there / memory.GIB:.1f} GiB. {less or 'Take '}the small recipe (make recipe NAME=smollm2-cpu); "
+            "`make plan` says what each stage needs."
+        )
 
 
 def lora_config(params: SimpleNamespace) -> "LoraConfig":
@@ -257,6 +280,7 @@ def main() -> None:
     params = load_params("train")
     check_machine(params.fp16, params.bf16, params.attn_implementation)
     check_targets(BASE, params.target_modules)
+    check_memory(BASE, params.fp16, params.bf16, params.load_in_4bit, params.bnb_4bit_use_double_quant)
     train, validation = (read_parquet(TOKENIZED / f"{split}.parquet") for split in ("train", "validation"))
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
 

@@ -1,12 +1,13 @@
 """The reference recipe over HTTP: phi-2 and OASST1 from a hub on loopback, and what a real network does wrong."""
 
+import gzip
 import json
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import message, save_phi
+from conftest import message, save_phi, write_jsonl
 from hub import Hub, running
 
 from stages.common.params import read_params
@@ -14,6 +15,7 @@ from stages.common.params import read_params
 pytestmark = pytest.mark.slow
 
 REFERENCE = read_params(Path(__file__).parent.parent / "recipes/phi2-oasst1.yaml")
+ALL_TREES = "2023-04-12_oasst_all.trees.jsonl.gz"
 # All that is changed in the reference recipe for a CPU and a tiny model: steps, lengths, precision.
 SMALLER = {
     "max_steps": 2,
@@ -64,6 +66,12 @@ def repositories(tmp_path_factory) -> dict:
     for split, first, count in (("train", 0, 24), ("validation", 24, 6)):
         frame = pd.DataFrame(oasst_rows(first, count)).astype({"rank": "Int32", "review_count": "int32"})
         frame.to_parquet(data / f"data/{split}-00000-of-00001-0123456789abcdef.parquet", index=False)
+    with gzip.open(data / ALL_TREES, "wt", encoding="utf-8") as file:
+        for row in oasst_rows(50, 20):
+            if row["parent_id"] is None:
+                answer = {"message_id": f"{row['message_id']}.a", "text": "Yes.", "role": "assistant", "replies": []}
+                tree = {"message_tree_id": row["message_id"], "tree_state": "ready_for_export"}
+                file.write(json.dumps({**tree, "prompt": {**row, "replies": [answer]}}) + "\n")
     return {"model": model, "data": data}
 
 
@@ -107,6 +115,29 @@ def test_the_reference_recipe_runs_from_the_hub(reference, hub):
     run("dvc", "repro", "--force", "--single-item", "fetch", HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
     assert not (project.folder / ".home/hf/token").exists()
+
+
+def test_the_hubs_splits_its_export_and_a_file_of_ones_own_are_mixed_by_weights(reference, hub):
+    project, run = reference
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Your assistant."}]
+    write_jsonl(project.folder / "data/local/mine.jsonl", [{"messages": turns}])
+    project.set(
+        dataset=[REFERENCE.dataset, f"{REFERENCE.dataset}/{ALL_TREES}", "file:data/local/mine.jsonl"],
+        dataset_revision=[REFERENCE.dataset_revision, REFERENCE.dataset_revision, None],
+        dataset_weights=[0.5, 1.0, 3.0],
+        validation_fraction=0.1,
+    )
+    result = run("dvc", "repro", "prepare")
+    kept = json.loads((project.folder / "reports/funnel.json").read_text())["kept"]
+    train, validation = (kept[split]["by_dataset"] for split in ("train", "validation"))
+    assert (train["1"], validation["1"]) == (12, 6)  # half of 24; the hub's own validation split
+    assert train["2"] + validation["2"] == 20
+    assert train.get("3") == 3 or validation.get("3") == 1
+    # The two known data sets are not the real ones here, and both are said to be.
+    assert "has 88838 messages in 10364 trees, but 120 in 30" in result.stderr
+    assert "has 161443 messages in 66497 trees, but 40 in 20" in result.stderr
+    sources = json.loads((project.folder / "data/raw/source.json").read_text())
+    assert [source["license"] for source in sources] == ["apache-2.0", None, None]
 
 
 def failed_fetch(reference, **environment: str) -> str:

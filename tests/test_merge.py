@@ -72,12 +72,16 @@ def test_model_card_says_what_the_artifacts_say():
         "held_out_loss_after": 3.1,
     }
     base = {"source": "microsoft/phi-2", "revision": "ef38", "license": "mit"}
-    data = {"source": "OpenAssistant/oasst1", "revision": "fdf7", "license": "apache-2.0"}
+    data = [
+        {"source": "OpenAssistant/oasst1", "revision": "fdf7", "license": "apache-2.0"},
+        {"source": "file:data/local/mine.jsonl", "revision": None, "license": None},
+    ]
     card = model_card(training, base, data, SimpleNamespace(merge_base="original", merge_dtype="float16"))
     front = card.split("---")[1]
     assert "license: mit" in front and "base_model: microsoft/phi-2" in front
     for fact in ("`OpenAssistant/oasst1` at `fdf7`, licence apache-2.0", "161 conversations", "3.3000 before, 3.1000"):
         assert fact in card
+    assert "`file:data/local/mine.jsonl` at the version in this repository, licence not stated" in card
     assert "| learning_rate | `0.0002` |" in card
     card = model_card(
         training,

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.slow
 
 def test_all_trees_in_two_gibibytes(project):
     raw = project.folder / "data/raw"
-    raw.mkdir()
-    write_all_trees(raw / "2023-04-12_oasst_all.trees.jsonl.gz")
-    write_json(raw / "source.json", {"source": "here", "revision": None})
+    (raw / "1").mkdir(parents=True)
+    write_all_trees(raw / "1/2023-04-12_oasst_all.trees.jsonl.gz")
+    write_json(raw / "source.json", [{"source": "here", "revision": None}])
     project.set(languages=[], validation_fraction=0.05)
     (project.folder / "measured.py").write_text(
         "import resource, runpy\n"

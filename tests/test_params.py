@@ -96,6 +96,10 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path, text):
         ("dataset: pypi:package/file", "dataset: 'pypi:package/file'"),
         ("dataset_revision: main", "dataset_revision: 'main'"),
         ("max_turns: 0", "max_turns: 0: must be greater than 0"),
+        ("dataset: 5", "dataset: 5: must be a valid string or must be a valid list"),
+        ("dataset: [a/b, c/d]", "dataset_revision: None: 2 sources need as many values of the revision, not 1"),
+        ("dataset_weights: [1.0, 2.0]", "dataset_weights: 2 for 1 data sets: give one for each, or null"),
+        ("dataset_weights: [0.0]", "dataset_weights.0: 0.0: must be greater than 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path, line, said):
@@ -177,6 +181,7 @@ ANOTHER = {
         "dataset_revision": "sha256:" + "0" * 64,
     },
     "prepare": {
+        "dataset_weights": [0.5],
         "threads": "all",
         "tree_states": [],
         "languages": ["de"],

@@ -23,6 +23,7 @@ from stages.prepare import (
 )
 
 DEFAULTS = {
+    "dataset_weights": None,
     "threads": "best",
     "tree_states": ["ready_for_export"],
     "languages": [],
@@ -41,7 +42,7 @@ DEFAULTS = {
 
 def frame(rows: list[dict], split: str | None = None) -> pd.DataFrame:
     table = pd.DataFrame([message_row(row, split) for row in rows])
-    return table.astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
+    return table.astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"}).assign(dataset=0)
 
 
 def run(rows, **changes):
@@ -130,6 +131,7 @@ def test_golden_funnel():
         "deleted": 1,  # c.0
         "rejected_in_review": 1,  # k
         "below_a_dropped_message": 1,  # c.0.p
+        "other_split": 0,
         "wrong_role": 2,  # e.p, f
         "below_a_wrong_role": 0,
         "unanswered_question": 3,  # a.1.p, e, g
@@ -324,9 +326,9 @@ def test_near_duplicates_leave_the_train_side_and_are_off_by_default():
 
 def test_known_data_with_other_counts_is_warned_of():
     source = {"source": "OpenAssistant/oasst1", "revision": "fdf72ae0827c1cda404aff25b6603abec9e3399b"}
-    assert check_known(source, {"messages": 88_838, "trees": 10_364}) is None
-    assert "has 88838 messages in 10364 trees, but 5 in 1" in str(check_known(source, {"messages": 5, "trees": 1}))
-    assert check_known({**source, "revision": "0" * 40}, {"messages": 5, "trees": 1}) is None
+    assert check_known(source, 88_838, 10_364) is None
+    assert "has 88838 messages in 10364 trees, but 5 in 1" in str(check_known(source, 5, 1))
+    assert check_known({**source, "revision": "0" * 40}, 5, 1) is None
 
 
 def test_split_does_not_move_when_other_trees_come():
@@ -400,7 +402,7 @@ def test_peoples_own_forms(tmp_path, row, messages, form):
         pd.DataFrame(rows).to_parquet(tmp_path / "mine.parquet")
     conversations, funnel = run(read_messages(tmp_path), system_prompt="default")
     assert len(conversations) == 12
-    seventh = conversations[conversations["message_tree_id"] == "mine-7"].iloc[0]
+    seventh = conversations[conversations["message_tree_id"] == "1/mine-7"].iloc[0]
     expected = [(r, c.replace("hi", "hi 7").replace("add", "add 7")) for r, c in messages]
     assert [(m["role"], m["content"]) for m in seventh["messages"]] == expected
     check_funnel(funnel)
@@ -502,3 +504,55 @@ def test_real_oasst1_nested_export(tmp_path):
     assert funnel["read"]["trees"] == 50
     assert conversations["message_tree_id"].nunique() == 50
     check_funnel(funnel)
+
+
+# Several data sets ------------------------------------------------------------------------------------------------
+
+
+def two_datasets(count: int) -> pd.DataFrame:
+    """`count` trees of a first data set and as many of a second, which brings splits of its own."""
+    first, second = ([message(f"{n}{i}", role="prompter") for i in range(count)] for n in "ab")
+    answers = [message(f"{row['message_id']}.x", row["message_id"]) for row in [*first, *second]]
+    ours = frame(first + answers[:count])
+    held_out_rows = frame(second[:2] + answers[count : count + 2], "validation")
+    theirs = pd.concat([held_out_rows, frame(second[2:] + answers[count + 2 :], "train")])
+    return pd.concat([ours, theirs.assign(dataset=1)], ignore_index=True)
+
+
+def test_each_data_set_keeps_its_own_splits():
+    conversations, funnel = run(two_datasets(20))
+    second = conversations[conversations["dataset"] == 1]
+    assert sorted(second.loc[second["split"] == "validation", "message_tree_id"]) == ["b0", "b1"]
+    first = conversations[conversations["dataset"] == 0]
+    assert set(first["split"]) == {"train", "validation"} and len(first) == 20
+    for tree, split in zip(first["message_tree_id"], first["split"], strict=True):
+        assert (split == "validation") is held_out(tree, 0.5, 0)
+    assert funnel["kept"]["validation"]["by_dataset"]["2"] == 2
+    check_funnel(funnel)
+
+
+@pytest.mark.parametrize("weight, expected", [(1.0, 18), (0.5, 9), (2.0, 36), (2.5, 45)])
+def test_a_weight_says_how_often_a_data_set_is_used(weight, expected):
+    messages = two_datasets(20)
+    before, _ = run(messages)
+    conversations, funnel = run(messages, dataset_weights=[1.0, weight])
+    train = conversations[(conversations["split"] == "train") & (conversations["dataset"] == 1)]
+    assert len(train) == expected == funnel["kept"]["train"]["by_dataset"]["2"]
+    times = train["message_tree_id"].value_counts()
+    assert times.max() - times.min() <= 1  # all alike, but for the fraction
+    # Neither the other data set nor what is held out changes.
+    for part in ("split == 'validation'", "dataset == 0"):
+        pd.testing.assert_frame_equal(
+            before.query(part).reset_index(drop=True), conversations.query(part).reset_index(drop=True)
+        )
+    check_funnel(funnel)
+
+
+def test_a_held_out_question_of_one_data_set_is_not_trained_on_from_another():
+    messages = two_datasets(20)
+    messages.loc[messages["message_id"] == "b5", "text"] = "text of b0"  # b0 is held out, b5 is not
+    same = messages["message_id"].isin(["a1"]) if not held_out("a1", 0.5, 0) else messages["message_id"].isin(["a2"])
+    messages.loc[same, "text"] = "TEXT  of b1"
+    conversations, funnel = run(messages)
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] >= 1
+    assert "b5" not in set(conversations["message_tree_id"])

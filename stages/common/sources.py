@@ -18,12 +18,13 @@ import sys
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from stages.common.artifacts import digest_files, sha256_file
+from stages.common.artifacts import digest_files, read_json, sha256_file
 from stages.common.errors import StageError, first_line
 
 Kind = Literal["model", "dataset"]
@@ -76,18 +77,31 @@ class HubSource(Source):
         return "/".join(self.text.split("/")[2:]) or None
 
     def fetch(self, kind: Kind, destination: Path) -> None:
-        import httpx2
-        from datasets.exceptions import DatasetNotFoundError, DatasetsError
-        from huggingface_hub import errors
-
-        where = f"{self.text} at {self.revision}"
-        try:
+        with self._explained(kind):
             if self.file:
                 self._fetch_file(kind, destination)
             elif kind == "model":
                 self._fetch_model(destination)
             else:
                 self._fetch_dataset(destination)
+
+    def config(self) -> dict[str, Any]:
+        """The config.json of a model repository, downloaded alone. Raises StageError, as `fetch` does."""
+        from huggingface_hub import hf_hub_download
+
+        with self._explained("model"):
+            return read_json(Path(hf_hub_download(self.repository, "config.json", revision=self.revision)))
+
+    @contextmanager
+    def _explained(self, kind: Kind) -> Iterator[None]:
+        """Turn what the hub's libraries raise into a StageError that says what to do."""
+        import httpx2
+        from datasets.exceptions import DatasetNotFoundError, DatasetsError
+        from huggingface_hub import errors
+
+        where = f"{self.text} at {self.revision}"
+        try:
+            yield
         except errors.GatedRepoError:
             raise StageError(f"{where} is gated. Accept its terms on the hub, then `hf auth login`.") from None
         except errors.RevisionNotFoundError:
@@ -242,3 +256,16 @@ SCHEMES: dict[str, type[Source]] = {"pypi": PypiSource, "file": FileSource}
 def parse_source(text: str, revision: str | None) -> Source:
     """The source that `text` names. Raises ValueError for a form or a pin that no source takes."""
     return SCHEMES.get(text.partition(":")[0], HubSource)(text, revision)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A parameter that may be one value or a list of them, as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def parse_sources(texts: str | list[str], revisions: str | None | list[str | None]) -> list[Source]:
+    """The sources that a text or a list of texts names, each with its revision. Raises ValueError, as parse_source."""
+    all_texts, all_revisions = as_list(texts), as_list(revisions)
+    if len(all_texts) != len(all_revisions):
+        raise ValueError(f"{len(all_texts)} sources need as many values of the revision, not {len(all_revisions)}")
+    return [parse_source(text, revision) for text, revision in zip(all_texts, all_revisions, strict=True)]

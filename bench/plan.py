@@ -1,0 +1,44 @@
+"""Compare the plan with what the stages take: peak resident memory, planned and measured, for params.yaml as it is.
+
+Runs train (two steps of it), merge and evaluate in a copy of the project; needs the outputs up to tokenize (`dvc repro
+tokenize`). Run: `python -m bench.plan`
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from bench.phi2_full_size import ROOT, measured
+from stages import plan
+from stages.common.artifacts import read_json, read_parquet
+from stages.common.memory import GIB
+from stages.common.params import read_params
+
+
+def main() -> None:
+    params = read_params(ROOT / "params.yaml").model_copy(
+        update={"max_steps": 2, "logging_steps": 1, "save_steps": 2, "eval_steps": 2}
+    )
+    config = plan.configuration(read_json(ROOT / "models/base/config.json"))
+    longest = int(read_parquet(ROOT / "data/tokenized/train.parquet")["length"].max())
+    planned = plan.peaks(config, params, longest, on_gpu=False)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        project = Path(folder)
+        for name in ("stages", "data/raw", "data/tokenized", "models/base"):
+            shutil.copytree(ROOT / name, project / name)
+        for name in ("dvc.yaml", "requirements.lock"):
+            shutil.copyfile(ROOT / name, project / name)
+        with (project / "params.yaml").open("w", encoding="utf-8") as file:
+            YAML().dump(params.model_dump(), file)
+        for stage, peak in planned.items():
+            rows.append((stage, peak / GIB, measured(project, f"stages.{stage}")[0]))
+    print("\n| stage | planned, GiB | measured, GiB | planned / measured |\n| --- | --- | --- | --- |")
+    for stage, ours, theirs in rows:
+        print(f"| {stage} | {ours:.2f} | {theirs:.2f} | {ours / theirs:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

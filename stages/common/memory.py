@@ -1,0 +1,239 @@
+"""How much memory a model needs, from its configuration alone: nothing is loaded, downloaded or allocated.
+
+Weights are counted on PyTorch's meta device. What a training step or an evaluation holds beyond them is traced on fake
+tensors, operation by operation, with two and four layers, and extended to the model's own number: its layers are
+alike. All sizes are bytes.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GIB = 1024**3
+
+# Measured on a CPU with `python -m bench.plan` and `python -m bench.phi2_full_size`; see README.md.
+# Python with torch, transformers, trl and datasets, before any weight is loaded.
+LIBRARIES = int(0.65 * GIB)
+# What a 4-bit weight costs while the model is loaded: its half byte, and the pages the allocator keeps meanwhile.
+QUANTISING = 1.4
+# Pages that the allocator holds for each byte of tensors that live at the peak of a step.
+FRAGMENTATION = 1.34
+# A CUDA context and its libraries on the card (an assumption: no GPU figure here is measured).
+CUDA_CONTEXT = int(0.6 * GIB)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of weights of a causal language model, and of a LoRA adapter for it."""
+
+    parameters: int
+    quantised: int  # those that a 4-bit load quantises: all linear layers but the output layer
+    largest_linear: int
+    adapter: int
+
+    @property
+    def unquantised(self) -> int:
+        return self.parameters - self.quantised
+
+
+def dtype_bytes(name: str) -> int:
+    """Bytes a weight of a number format, by its PyTorch name."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}[name]
+
+
+def empty_model(config: "PretrainedConfig", layers: int | None = None, attn_implementation: str = "sdpa") -> Any:
+    """The model of a configuration on the meta device, in float32, with another number of layers if given."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if layers is not None:
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        config.num_hidden_layers = layers
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+
+
+def shape_of(config: "PretrainedConfig", target_modules: list[str], lora_r: int) -> Shape:
+    """Count a model's weights, tied ones once, and those of LoRA matrices of rank `lora_r` on its target modules."""
+    import torch
+
+    model = empty_model(config)
+    output = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not output
+    }
+    ranks = [
+        lora_r * (module.in_features + module.out_features)
+        for name, module in linear.items()
+        if name.rpartition(".")[2] in target_modules
+    ]
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        quantised=sum(m.weight.numel() for m in linear.values()),
+        largest_linear=max(m.weight.numel() for m in linear.values()),
+        adapter=sum(ranks),
+    )
+
+
+def quantised_bytes(weights: int, double_quant: bool) -> int:
+    """4-bit weights with a float32 scale for 64 of them; with double quantisation an 8-bit scale, and a float32 for 256
+    of those (Dettmers et al., QLoRA, 2023, section 3)."""
+    scales = weights / 64 * (1 + 4 / 256) if double_quant else weights / 64 * 4
+    return round(weights / 2 + scales)
+
+
+class LiveBytes:
+    """A context in which the storages that operations make are counted while they live; `peak` is the most at once."""
+
+    def __init__(self) -> None:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        outer = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = function(*args, **(kwargs or {}))
+                outer.see(result)
+                return result
+
+        self.mode = Mode()
+
+    def see(self, result: Any) -> None:
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key not in self.known:
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, key, storage.nbytes())
+
+    def ignore(self, tensors: Any) -> None:
+        """Do not count these tensors' storages: weights, which are counted elsewhere."""
+        self.known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _extended(config: "PretrainedConfig", peak: Any) -> int:
+    """`peak(layers)` at the model's own number of layers, from two and four."""
+    two, four = peak(2), peak(4)
+    return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
+
+
+def step_bytes(
+    config: "PretrainedConfig",
+    *,
+    target_modules: list[str],
+    lora_r: int,
+    lora_dropout: float,
+    batch_size: int,
+    tokens: int,
+    gradient_checkpointing: bool,
+    mixed_precision: bool,
+    attn_implementation: str = "sdpa",
+) -> int:
+    """What a forward and a backward pass of SFTTrainer hold at most beyond weights: activations, logits, gradients.
+
+    Of `batch_size` conversations padded to `tokens`; `mixed_precision` computes in a 16-bit format.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from trl.trainer.utils import entropy_from_logits
+
+    # FlashAttention holds what sdpa's fused kernels hold, and runs nowhere but on a GPU.
+    attention = "eager" if attn_implementation == "eager" else "sdpa"
+
+    def peak(layers: int) -> int:
+        model = empty_model(config, layers, attention)
+        if mixed_precision:  # as 4-bit weights are dequantised; else autocast would be seen to copy them
+            for module in {*model.modules()} - {model.get_output_embeddings()}:
+                if isinstance(module, torch.nn.Linear):
+                    module.to(torch.bfloat16)
+        lora = LoraConfig(r=lora_r, lora_dropout=lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            model.train()
+            if gradient_checkpointing:
+                model.gradient_checkpointing_enable()
+                model.enable_input_require_grads()
+            ids = torch.zeros(batch_size, tokens, dtype=torch.long)
+            live = LiveBytes()
+            live.ignore([*model.parameters(), *model.buffers()])
+            with live.mode:
+                with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+                    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+                with torch.no_grad():  # SFTTrainer logs both
+                    entropy_from_logits(output.logits[..., :-1, :].contiguous())
+                    output.logits[..., :-1, :].contiguous().argmax(dim=-1)
+                output.loss.backward()
+        return live.peak
+
+    return _extended(config, peak)
+
+
+def scoring_bytes(config: "PretrainedConfig", batch_size: int, tokens: int) -> int:
+    """What `scoring.score` holds at most beyond weights for a batch padded to `tokens`, all of them supervised."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def peak(layers: int) -> int:
+        model = empty_model(config, layers)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            model.to_empty(device="cpu")
+            ids = torch.zeros(batch_size, tokens, dtype=torch.long)
+            live = LiveBytes()
+            live.ignore([*model.parameters(), *model.buffers()])
+            with live.mode:
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+                torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").double()
+                logits.argmax(dim=-1)
+        return live.peak
+
+    return _extended(config, peak)
+
+
+def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool, double_quant: bool) -> int:
+    """What a loaded model's weights hold, in `dtype`, on a CPU or a GPU.
+
+    Beside 4-bit weights the others are float32: prepare_model_for_kbit_training makes them so.
+    """
+    if load_in_4bit:
+        return shape.unquantised * 4 + quantised_bytes(shape.quantised, double_quant)
+    return shape.parameters * dtype_bytes(dtype)
+
+
+def load_peak(shape: Shape, dtype: str, file_dtype: str | None, load_in_4bit: bool) -> int:
+    """Resident peak of loading on a CPU: the libraries, the mapped weight files and the weights made from them.
+
+    The system can take mapped pages away: without `file_dtype` they are left out, which gives the least that is needed.
+    """
+    mapped = shape.parameters * dtype_bytes(file_dtype) if file_dtype else 0
+    if load_in_4bit:
+        return LIBRARIES + mapped + shape.unquantised * dtype_bytes(dtype) + round(shape.quantised * QUANTISING)
+    return LIBRARIES + mapped + shape.parameters * dtype_bytes(dtype)
+
+
+def adapter_bytes(shape: Shape, optim: str) -> int:
+    """LoRA weights and gradients in float32, and the optimiser's state for them."""
+    state = {"sgd": 0, "adafactor": 1, "paged_adamw_8bit": 2, "adamw_bnb_8bit": 2}.get(optim, 8)
+    return shape.adapter * (4 + 4 + state)

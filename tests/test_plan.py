@@ -1,0 +1,249 @@
+"""The plan: exact counts, memory by hand and against real tensors, refusals, the nearest change that fits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from stages import plan
+from stages.common import memory
+from stages.common.errors import StageError
+from stages.common.machine import Machine
+from stages.common.memory import GIB, LiveBytes, Shape
+from stages.common.params import read_params
+from stages.train import check_machine, check_memory
+
+CONFIGS = sorted((ROOT / "recipes/configs").glob("*.json"))
+REFERENCE = read_params(ROOT / "recipes/phi2-oasst1.yaml")
+EMBEDDED = read_params(ROOT / "recipes/smollm2-cpu.yaml")
+PHI2 = json.loads((ROOT / "recipes/configs/phi-2.json").read_text(encoding="utf-8"))["config"]
+LAPTOP = Machine(cores=2, memory=8 * GIB, disk=100 * GIB, gpu=None)
+
+
+@pytest.fixture(scope="module")
+def phi2():
+    return plan.configuration(PHI2)
+
+
+def test_every_recipe_has_its_models_configuration_beside_it():
+    known = {(c["base_model"], c["base_model_revision"]) for c in (json.loads(p.read_text()) for p in CONFIGS)}
+    assert {(p.base_model, p.base_model_revision) for p in (REFERENCE, EMBEDDED)} == known
+
+
+def test_phi2_is_counted_to_the_last_weight(phi2):
+    shape = memory.shape_of(phi2, REFERENCE.target_modules, 16)
+    # Embedding and output layer with its bias; in each of 32 layers four projections and an MLP, all with biases, and a
+    # norm; a last norm.
+    layer = 4 * (2560 * 2560 + 2560) + 2560 * 10240 + 10240 + 10240 * 2560 + 2560 + 2 * 2560
+    assert shape.parameters == 51200 * 2560 + 51200 * 2560 + 51200 + 32 * layer + 2 * 2560 == 2_779_683_840
+    assert shape.quantised == 32 * (4 * 2560 * 2560 + 2 * 2560 * 10240)
+    assert shape.largest_linear == 2560 * 10240
+    assert shape.adapter == 32 * 4 * 16 * (2560 + 2560)  # q_proj, k_proj, v_proj, dense
+
+
+def test_gpu_weights_by_hand():
+    shape = Shape(parameters=1_000_000, quantised=640_000, largest_linear=64_000, adapter=10_000)
+    # 4 bits each, a byte for 64 of them, four bytes for 256 of those; the other 360,000 in float32.
+    double = 320_000 + 10_000 + 10_000 / 256 * 4
+    assert memory.weight_bytes(shape, "float16", True, True) == round(double) + 1_440_000
+    assert memory.weight_bytes(shape, "float16", True, False) == 320_000 + 40_000 + 1_440_000
+    assert memory.weight_bytes(shape, "float16", False, False) == 2_000_000
+    assert memory.weight_bytes(shape, "float32", False, False) == 4_000_000
+    # Weight, gradient and two moments of AdamW, in float32; 8-bit moments are a byte each.
+    assert memory.adapter_bytes(shape, "paged_adamw_32bit") == 160_000
+    assert memory.adapter_bytes(shape, "paged_adamw_8bit") == 100_000
+
+
+def test_phi2_on_a_gpu_by_hand(phi2, monkeypatch):
+    monkeypatch.setattr(memory, "step_bytes", lambda *_, **__: 3 * GIB)
+    monkeypatch.setattr(memory, "scoring_bytes", lambda *_: 2 * GIB)
+    others = 2_779_683_840 - 2_516_582_400
+    weights = others * 4 + 2_516_582_400 / 2 + 2_516_582_400 / 64 * (1 + 4 / 256)
+    expected = 0.6 * GIB + weights + 10_485_760 * 16 + 3 * GIB + 2560 * 10240 * 2
+    assert plan.peaks(phi2, REFERENCE, 1024, on_gpu=True)["train"] == pytest.approx(expected, abs=4)
+
+
+def test_live_bytes_are_those_of_storages_that_live():
+    live = LiveBytes()
+    with live.mode:
+        a = torch.zeros(1000, dtype=torch.float32)  # 4000
+        b = a + 1  # 8000
+        view = b[:10]
+        del a, b  # 4000: the view keeps its storage
+        c = torch.cat([view, view])  # 4080
+        assert live.now == 4080
+        del view
+        assert live.now == 80
+        del c
+    assert (live.now, live.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_phi"])
+@pytest.mark.slow
+def test_a_traced_step_holds_what_a_real_one_does(model, request):
+    """The same forward and backward pass over real tensors, of all layers: the trace extends two and four."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.trainer.utils import entropy_from_logits
+
+    config = AutoConfig.from_pretrained(request.getfixturevalue(model))
+    config.num_hidden_layers = 7
+    targets = ["q_proj", "v_proj"]
+    settings = {"target_modules": targets, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": False}
+    traced = memory.step_bytes(config, **settings, batch_size=2, tokens=40, mixed_precision=False)
+    network = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    network = get_peft_model(network, LoraConfig(r=4, lora_dropout=0.1, target_modules=targets)).train()
+    live, ids = LiveBytes(), torch.zeros(2, 40, dtype=torch.long)
+    live.ignore([*network.parameters(), *network.buffers()])
+    with live.mode:
+        output = network(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+        with torch.no_grad():
+            entropy_from_logits(output.logits[..., :-1, :].contiguous())
+        output.loss.backward()
+    assert traced == pytest.approx(live.peak, rel=0.1)
+
+
+def test_less_is_planned_for_less(phi2):
+    def step(**changes):
+        settings = {"target_modules": ["q_proj"], "lora_r": 16, "lora_dropout": 0.05, "batch_size": 4, "tokens": 256}
+        return memory.step_bytes(
+            phi2, **{**settings, "gradient_checkpointing": False, "mixed_precision": False, **changes}
+        )
+
+    checkpointed, mixed, plain = (
+        step(mixed_precision=True, gradient_checkpointing=True),
+        step(mixed_precision=True),
+        step(),
+    )
+    assert 3 * checkpointed < mixed < 0.7 * plain
+    assert step(batch_size=2) < 0.6 * plain
+    assert memory.scoring_bytes(phi2, 4, 256) < 0.6 * memory.scoring_bytes(phi2, 8, 256)
+
+
+@pytest.mark.slow
+def test_the_plans_of_the_measured_runs_are_within_15_percent(phi2):
+    """Peaks in GiB that `python -m bench.plan` and `python -m bench.phi2_full_size` measured; see README.md."""
+    smollm2 = plan.configuration(
+        json.loads((ROOT / "recipes/configs/smollm2-135m-instruct.json").read_text())["config"]
+    )
+    assert plan.peaks(smollm2, EMBEDDED, 255, False)["train"] / GIB == pytest.approx(5.34, rel=0.15)
+    full_size = REFERENCE.model_copy(
+        update={"fp16": False, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 256}
+    )
+    assert plan.peaks(phi2, full_size, 256, False)["train"] / GIB == pytest.approx(10.4, rel=0.15)
+    assert plan.peaks(phi2, full_size, 256, False)["merge"] / GIB == pytest.approx(16.0, rel=0.15)
+    dequantized = full_size.model_copy(update={"merge_base": "dequantized"})
+    assert plan.peaks(phi2, dequantized, 256, False)["merge"] / GIB == pytest.approx(18.6, rel=0.15)
+
+
+def test_a_model_that_is_too_big_is_refused_in_one_line(tmp_path, phi2):
+    phi2.save_pretrained(tmp_path)
+    small = Machine(cores=2, memory=4 * GIB, disk=GIB, gpu=None)
+    with pytest.raises(StageError) as error:
+        check_memory(tmp_path, False, False, True, True, small)
+    said = str(error.value)
+    assert "GiB, and this machine has 4.0 GiB. Take the small recipe" in said and len(said.splitlines()) == 1
+    with pytest.raises(StageError, match="Set load_in_4bit: true"):
+        check_memory(tmp_path, False, False, False, True, LAPTOP)
+    check_memory(tmp_path, False, False, True, True, LAPTOP)
+    card = Machine(cores=2, memory=64 * GIB, disk=GIB, gpu=2 * GIB, gpu_name="Old Card")
+    with pytest.raises(StageError, match="Old Card has 2.0 GiB"):
+        check_memory(tmp_path, True, False, True, True, card)
+
+
+@pytest.fixture
+def in_the_project(monkeypatch, tmp_path):
+    """An empty folder with the recipes alone, as before any download."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+
+    def use(recipe: str, machine: Machine, **changes) -> None:
+        text = (ROOT / f"recipes/{recipe}.yaml").read_text(encoding="utf-8")
+        for key, value in changes.items():
+            assert f"\n{key}: " in text
+            text = "\n".join(f"{key}: {value}" if li.startswith(f"{key}: ") else li for li in text.splitlines())
+        Path("params.yaml").write_text(text + "\n", encoding="utf-8")
+        monkeypatch.setattr(plan, "this_machine", lambda: machine)
+
+    return use
+
+
+def test_the_plan_of_the_embedded_recipe_fits_a_laptop(in_the_project, capsys):
+    in_the_project("smollm2-cpu", LAPTOP)
+    plan.main()
+    said = capsys.readouterr().out
+    assert "134,515,008 in the base" in said and "TOO MUCH" not in said
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("fits")][:3] == [
+        "train",
+        "merge",
+        "evaluate",
+    ]
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_with_the_nearest_change(in_the_project, capsys):
+    in_the_project("smollm2-cpu", Machine(cores=2, memory=3 * GIB, disk=100 * GIB, gpu=None))
+    with pytest.raises(
+        StageError, match="(?s)train: needs 4.*The nearest change that fits: gradient_checkpointing: true"
+    ) as e:
+        plan.main()
+    assert "TOO MUCH: there are 3.0 GiB" in capsys.readouterr().out
+    assert len(str(e.value).splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_the_change_it_names_does_fit(in_the_project):
+    machine = Machine(cores=2, memory=3 * GIB, disk=100 * GIB, gpu=None)
+    in_the_project("smollm2-cpu", machine)
+    with pytest.raises(StageError) as error:
+        plan.main()
+    changes = dict(part.split(": ") for part in str(error.value).rsplit("fits: ", 1)[1].split(", "))
+    in_the_project("smollm2-cpu", machine, **changes)
+    plan.main()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said(in_the_project):
+    in_the_project("smollm2-cpu", Machine(cores=2, memory=8 * GIB, disk=GIB // 2, gpu=None))
+    with pytest.raises(StageError, match="disk: needs 1.2 GiB, 0.5 are free"):
+        plan.main()
+
+
+# Rules for machines, with faked capabilities ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend a CUDA card, with or without bfloat16."""
+
+    def pretend(bf16: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old Card")
+
+    return pretend
+
+
+@pytest.mark.slow
+def test_on_an_old_card_the_plan_proposes_fp16(in_the_project, card):
+    card(bf16=False)
+    with pytest.raises(StageError, match="Old Card has no bfloat16"):
+        check_machine(False, True, "sdpa")
+    machine = Machine(cores=8, memory=64 * GIB, disk=500 * GIB, gpu=16 * GIB, gpu_name="Old Card")
+    in_the_project("phi2-oasst1", machine, fp16="false", bf16="true")
+    with pytest.raises(StageError, match="The nearest change that fits: bf16: false, fp16: true"):
+        plan.main()
+
+
+@pytest.mark.slow
+def test_on_a_card_that_is_too_small_the_plan_proposes_less(in_the_project, card, capsys):
+    card(bf16=True)
+    in_the_project("phi2-oasst1", Machine(cores=8, memory=64 * GIB, disk=500 * GIB, gpu=6 * GIB, gpu_name="Card"))
+    with pytest.raises(StageError, match="train: needs .* GiB on the GPU .*, 6.0 are there") as error:
+        plan.main()
+    assert "per_device_train_batch_size" in str(error.value)
+    in_the_project("phi2-oasst1", Machine(cores=8, memory=64 * GIB, disk=500 * GIB, gpu=24 * GIB, gpu_name="Card"))
+    plan.main()
+    assert "GPU" in capsys.readouterr().out
