@@ -25,6 +25,7 @@ from stages.common.params import read_params
 
 ROOT = Path(__file__).resolve().parent.parent
 
+TOKENS = 256
 # What is changed in the reference recipe: a CPU's precision, short and few conversations.
 CHANGES = {
     "base_model": "file:made-by-this-benchmark",
@@ -33,7 +34,7 @@ CHANGES = {
     "dataset_revision": None,
     "languages": ["en"],
     "validation_fraction": 0.01,
-    "max_length": 256,
+    "max_length": TOKENS,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "per_device_eval_batch_size": 1,
@@ -124,14 +125,14 @@ def main() -> None:
         measured(project, "stages.tokenize")
         first = Path("models/checkpoints/*/checkpoint-1/trainer_state.json")
         config = plan.configuration(read_json(project / "models/base/config.json"))
-        planned = plan.peaks(config, read_params(project / "params.yaml"), CHANGES["max_length"], on_gpu=False)
+        planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS, on_gpu=False)
         killed = measured(project, "stages.train", kill_when=first)
         rows.append(("train, killed after step 1", planned["train"], *killed))
         rows.append(("train, resumed for step 2", planned["train"], *measured(project, "stages.train")))
         for base in ("original", "dequantized"):
             with (project / "params.yaml").open("w", encoding="utf-8") as file:
                 yaml.dump({**params, **CHANGES, "merge_base": base}, file)
-            planned = plan.peaks(config, read_params(project / "params.yaml"), CHANGES["max_length"], on_gpu=False)
+            planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS, on_gpu=False)
             rows.append((f"merge, {base}", planned["merge"], *measured(project, "stages.merge")))
     print("\n| stage | planned, GiB | peak memory, GiB | time, s |\n| --- | --- | --- | --- |")
     for name, need, peak, seconds in rows:
