@@ -1,0 +1,130 @@
+"""From a conversation to the tokens that the model reads, as in training, within the model's context.
+
+Everything comes from the exported model's folder: tokenizer.json, tokenizer_config.json and chat_template.jinja.
+"""
+
+import json
+from bisect import bisect_left
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+Message = dict[str, str]
+
+# Dropping turns in strides, not one at each answer, keeps the beginning of the prompt the same over several answers, so
+# that the model need not read the whole conversation again each time.
+STRIDES_IN_CONTEXT = 4
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter escapes HTML, which a chat template does not mean.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def compile_template(text: str) -> jinja2.Template:
+    """A chat template, compiled as transformers' `apply_chat_template` does; it can reach nothing but its variables."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(text)
+
+
+def check_messages(messages: Any) -> None:
+    """Raise ValueError, in one line, unless `messages` is a conversation that waits for an answer."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError("messages must be a list of at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"messages[{i}] must have a role and a content")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"messages[{i}].role must be system, user or assistant")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"messages[{i}].content must be text")
+        if message["role"] == "system" and i:
+            raise ValueError(f"messages[{i}]: a system message must be the first")
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise ValueError("the last message must be the user's, and not empty")
+
+
+def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The system message (a list of one or none) and the turns: each begins with the user's words after an answer."""
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns: list[list[Message]] = []
+    for message in messages[len(system) :]:
+        if not turns or (message["role"] == "user" and turns[-1][-1]["role"] == "assistant"):
+            turns.append([])
+        turns[-1].append(message)
+    return system, turns
+
+
+class PromptBuilder:
+    """The tokenizer and the chat template of an exported model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self._template = compile_template((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self._special_tokens = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if key.endswith("_token") and value is not None
+        }
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self._control_tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
+
+    def ids(self, messages: list[Message]) -> list[int]:
+        """The token ids of the conversation up to where the answer begins."""
+        plain = [{"role": m["role"], "content": self._without_control_tokens(m["content"])} for m in messages]
+        try:
+            text = self._template.render(messages=plain, add_generation_prompt=True, **self._special_tokens)
+        except jinja2.exceptions.TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _without_control_tokens(self, text: str) -> str:
+        """`text` with an invisible space inside what spells a control token: it would end or begin a turn."""
+        for token in self._control_tokens:
+            if token in text:
+                text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
+        return text
+
+    def fit(self, messages: list[Message], context_length: int, room: int) -> tuple[list[int], int]:
+        """The ids of as much of the conversation as leaves `room` tokens for the answer, and how many turns are gone.
+
+        The oldest turns go first; the system message and the last turn stay. Raises ValueError when those two alone
+        are too long.
+        """
+        check_messages(messages)
+        system, turns = split_turns(messages)
+
+        def after(dropped: int) -> list[int]:
+            return self.ids(system + [message for turn in turns[dropped:] for message in turn])
+
+        limit = context_length - room
+        ids = after(0)
+        if len(ids) <= limit:
+            return ids, 0
+        shortest = after(len(turns) - 1)
+        if len(shortest) > limit:
+            raise ValueError(
+                f"the last message is too long: with the system message it has {len(shortest)} tokens, and the model "
+                f"reads {context_length}, of which {room} are kept for the answer"
+            )
+        stride = max(1, context_length // STRIDES_IN_CONTEXT)
+        too_many = -(-(len(ids) - limit) // stride) * stride
+        aim = max(len(ids) - too_many, len(shortest))
+        dropped = bisect_left(range(len(turns) - 1), -aim, key=lambda n: -len(after(n)))
+        return after(dropped), dropped
