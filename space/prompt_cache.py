@@ -9,8 +9,8 @@ import onnxruntime_genai as og
 
 # Tokens read in one step: few enough to stop within a second, and to keep the logits of a step small.
 STEP = 128
-# A generator is made with room for at least so many tokens, then for twice as many, and so on.
-LEAST_ROOM = 512
+# A generator is made with room for at least so many tokens, and for the conversation to grow to twice its length.
+LEAST_ROOM = 128
 
 
 class KeptGenerator:
@@ -82,7 +82,7 @@ class PromptCache:
         if best is not None and 2 * common[best] > self._kept[best].prompt:
             return self._kept.pop(best), common[best]
         room = LEAST_ROOM
-        while room < needed:
+        while room < 2 * needed:
             room *= 2
         room = min(room, self._context_length)
         while self._kept and sum(kept.room for kept in self._kept) + room > self._context_length:

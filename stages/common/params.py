@@ -135,6 +135,26 @@ class Params(BaseModel):
     )
     max_new_tokens: Positive = Field(description="tokens after which an answer is cut")
 
+    # export
+    export_precision: Literal["int4", "int8", "fp16", "fp32"] = Field(
+        description="number format of the exported weights"
+    )
+    export_method: Literal["default", "rtn", "k_quant"] = Field(
+        description="how int4 and int8 weights are rounded (onnxruntime's names)"
+    )
+    export_block_size: Literal[16, 32, 64, 128] = Field(description="weights that share a scale in int4 and int8")
+    export_symmetric: bool = Field(description="quantise around zero; if not, each block has a zero point of its own")
+    export_accuracy_level: Literal[1, 4] = Field(
+        description="activations of int4 and int8 layers: 1 keeps float32, 4 rounds them to int8, which is faster"
+    )
+    export_int8_layers: list[
+        Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "lm_head"]
+    ] = Field(description="layers that have 8 bits where export_precision is int4")
+    export_max_perplexity_increase: float = Field(
+        gt=0, description="share by which perplexity may rise against the merged model before export fails"
+    )
+    export_base: bool = Field(description="export the base model, too, to show it beside the tuned one")
+
 
 def contradictions(values: dict[str, Any]) -> list[str]:
     """The rules over several keys that `values` breaks, one line each; a rule needs all of its keys to be there."""
@@ -163,7 +183,7 @@ def contradictions(values: dict[str, Any]) -> list[str]:
             problems.append(f"{key}: {values[key]}: must be at most max_steps, {values['max_steps']}, or {why}")
     if have("merge_base", "load_in_4bit") and values["merge_base"] == "dequantized" and not values["load_in_4bit"]:
         problems.append("merge_base: 'dequantized': needs load_in_4bit: true; use original")
-    for key in ("target_modules", "languages", "tree_states", "sample_prompts"):
+    for key in ("target_modules", "languages", "tree_states", "sample_prompts", "export_int8_layers"):
         if have(key) and len(set(values[key])) < len(values[key]):
             problems.append(f"{key}: {values[key]!r}: names something twice")
     return problems

@@ -1,0 +1,239 @@
+"""Export the tuned model for CPUs: onnxruntime-genai's format, quantised, checked against the merged model.
+
+Reads models/merged/, models/base/, the held-out part of data/tokenized/, and for the cards models/adapter/training.json
+and data/raw/source.json.
+Writes models/onnx/tuned and models/onnx/base (the base exported the same way, to show both side by side), each with its
+tokenizer, the chat template of training and card.json; and reports/export.json (what the export cost in quality).
+Run: `dvc repro export`
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
+from stages.common.errors import StageError, run_stage
+from stages.common.models import load_model, load_tokenizer
+from stages.common.params import load_params
+from stages.common.scoring import score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SOURCES = {"tuned": Path("models/merged"), "base": Path("models/base")}
+TOKENIZED = Path("data/tokenized")
+TRAINING = Path("models/adapter/training.json")
+DATA_SOURCE = Path("data/raw/source.json")
+ONNX = Path("models/onnx")
+REPORT = Path("reports/export.json")
+
+# Greedy answers on which merged and exported model are compared, token by token.
+ANSWERS = 16
+ANSWER_TOKENS = 64
+BATCH = 8
+
+
+def matmul_name(layer: int, name: str) -> str:
+    """The builder's name of a matrix product."""
+    if name == "lm_head":
+        return "/lm_head/MatMul"
+    return f"/model/layers.{layer}/{'attn' if name in ('qkv_proj', 'o_proj') else 'mlp'}/{name}/MatMul"
+
+
+def quantisation(params: SimpleNamespace, layers: int) -> dict[str, Any]:
+    """The builder's description of how weights are quantised, for a model of so many layers."""
+    kept = params.export_int8_layers if params.export_precision == "int4" else []
+    names = dict.fromkeys(matmul_name(layer, name) for name in kept for layer in range(layers))
+    return {
+        "io_dtype": "fp32",
+        "weights": {
+            "type": params.export_precision,
+            "method": params.export_method,
+            "block_size": params.export_block_size,
+            "symmetric": params.export_symmetric,
+            "accuracy_level": params.export_accuracy_level,
+            "overrides": [{"match": {"name": name}, "type": "int8"} for name in names],
+        },
+    }
+
+
+def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
+    """Export the model in `source` into `folder`, which is made. Raises StageError with the builder's reason.
+
+    In a process of its own: the builder's modules have common names, it prints much, and its memory is given back.
+    """
+    options = []
+    if params.export_precision in ("int4", "int8"):
+        layers = read_json(source / "config.json")["num_hidden_layers"]
+        config = {"quant_config": quantisation(params, layers)}
+        options = ["--builder_config_version", "2", "--target_options", json.dumps(config)]
+    with tempfile.TemporaryDirectory() as cache:
+        command = ["-m", "onnxruntime_genai.models.builder", "-m", "model", "-i", str(source), "-o", str(folder)]
+        settings = ["-p", params.export_precision, "-e", "cpu", "-c", cache]
+        result = subprocess.run([sys.executable, *command, *settings, *options], capture_output=True, text=True)
+    if result.returncode:
+        reason = next(reversed(result.stderr.strip().splitlines()), f"status {result.returncode}")
+        raise StageError(f"{source} could not be exported as {params.export_precision}: {reason}")
+
+
+def set_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase", merged: Path) -> None:
+    """Give an exported model the tokenizer, template and special tokens of training, whatever its source had."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(merged / name, folder / name)
+    config = read_json(folder / "genai_config.json")
+    for key in ("bos", "eos", "pad"):
+        config["model"][f"{key}_token_id"] = getattr(tokenizer, f"{key}_token_id")
+    write_json(folder / "genai_config.json", config)
+
+
+class Exported:
+    """An exported model, as far as measuring it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        import onnxruntime_genai as og
+
+        self._og = og
+        self._model = og.Model(str(folder))
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Logits of shape (tokens, vocabulary): at each position, for the token after it."""
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(max_length=len(ids) + 1, batch_size=1)
+        generator = self._og.Generator(self._model, params)
+        generator.append_tokens(np.array(ids, dtype=np.int32))
+        logits: np.ndarray = generator.get_output("logits")[0]
+        return logits
+
+    def score(self, rows: pd.DataFrame, progress: str) -> pd.DataFrame:
+        """As stages.common.scoring.score: columns nll (nats), tokens and correct, one row a conversation."""
+        from tqdm.auto import tqdm
+
+        results = []
+        for row in tqdm(rows.itertuples(), total=len(rows), desc=progress, unit="conv"):
+            ids = np.array(row.input_ids)
+            positions = np.flatnonzero(row.assistant_masks)
+            positions = positions[positions > 0]
+            logits = self.logits(ids.tolist())[positions - 1].astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            log_normaliser = np.log(np.exp(logits).sum(axis=1))
+            nll = log_normaliser - logits[np.arange(len(positions)), ids[positions]]
+            results.append((float(nll.sum()), len(positions), int((logits.argmax(axis=1) == ids[positions]).sum())))
+        return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
+
+    def agreement(self, prompts: list[list[int]], answers: list[list[int]]) -> float:
+        """The share of the answers' tokens that this model, too, finds most likely after all before them."""
+        same = total = 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            chosen = self.logits(prompt + answer)[len(prompt) - 1 : -1].argmax(axis=1)
+            same += int((chosen == np.array(answer)).sum())
+            total += len(answer)
+        return same / total
+
+
+def greedy_answers(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]]
+) -> list[list[int]]:
+    """The ids of the greedy answer to each prompt, with the end token if it ends within ANSWER_TOKENS."""
+    import torch
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.no_grad():
+        outputs = [model.generate(torch.tensor([prompt], device=model.device))[0] for prompt in prompts]
+    return [output[len(prompt) :].tolist() for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+def perplexity(scores: pd.DataFrame) -> float:
+    return float(np.exp(scores["nll"].sum() / scores["tokens"].sum()))
+
+
+def check_loss(increase: float, most: float) -> None:
+    """Raise StageError when the exported model's perplexity rose by more than the share `most`."""
+    if not increase <= most:
+        raise StageError(
+            f"the exported model's perplexity is {increase:+.1%} against the merged model's, more than "
+            f"export_max_perplexity_increase, {most:.1%}. Name more layers in export_int8_layers, choose a smaller "
+            "export_block_size, or export_precision: int8."
+        )
+
+
+def measure(source: Path, folder: Path, tokenizer: "PreTrainedTokenizerBase", rows: pd.DataFrame) -> dict[str, Any]:
+    """What the export of `source` into `folder` cost, on the held-out tokens and on greedy answers."""
+    import torch
+
+    exported = Exported(folder)
+    scores = exported.score(rows, f"scoring {folder.name}, exported")
+    model = load_model(source, torch.float32).eval()
+    print(f"export: {folder.name}: scoring and answering as it was before", flush=True)
+    before = perplexity(score(model, rows, BATCH, tokenizer.pad_token_id))
+    prompts = [list(row.input_ids[: list(row.assistant_masks).index(1)]) for row in rows.head(ANSWERS).itertuples()]
+    answers = greedy_answers(model, tokenizer, prompts)
+    after = perplexity(scores)
+    return {
+        "perplexity_before": round(before, 4),
+        "perplexity": round(after, 4),
+        "perplexity_increase": round(after / before - 1, 6),
+        "token_accuracy": round(float(scores["correct"].sum() / scores["tokens"].sum()), 6),
+        "token_agreement": round(exported.agreement(prompts, answers), 6),
+        "bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*")),
+    }
+
+
+def card(name: str, params: SimpleNamespace, quality: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
+    """Where a model comes from, how it was made and how good it is, for whoever has the exported folder alone."""
+    training = read_json(TRAINING)
+    return {
+        "name": name,
+        "base_model": read_json(SOURCES["base"] / "source.json"),
+        "dataset": read_json(DATA_SOURCE) if name == "tuned" else None,
+        "training": training if name == "tuned" else None,
+        "system_prompt": training["params"]["system_prompt"],
+        "export": vars(params),
+        "held_out": {
+            "conversations": len(rows),
+            "supervised_tokens": int(sum(sum(mask) for mask in rows["assistant_masks"])),
+        },
+        "quality": quality,
+    }
+
+
+def main() -> None:
+    params = load_params("export")
+    rows = read_parquet(TOKENIZED / "validation.parquet")
+    tokenizer = load_tokenizer(SOURCES["tuned"])
+    names = ["tuned", "base"] if params.export_base else ["tuned"]
+    report: dict[str, Any] = {"precision": params.export_precision}
+    with write_whole(ONNX) as partial:
+        for name in names:
+            print(f"export: {name}: {SOURCES[name]}/ to {params.export_precision}", flush=True)
+            folder = partial / name
+            build(SOURCES[name], folder, params)
+            set_tokenizer(folder, tokenizer, SOURCES["tuned"])
+            report[name] = measure(SOURCES[name], folder, tokenizer, rows)
+            if name == "tuned":
+                check_loss(report[name]["perplexity_increase"], params.export_max_perplexity_increase)
+            write_json(folder / "card.json", card(name, params, report[name], rows))
+    write_json(REPORT, report)
+    tuned = report["tuned"]
+    print(
+        f"export: perplexity {tuned['perplexity_before']:.2f} -> {tuned['perplexity']:.2f} "
+        f"({tuned['perplexity_increase']:+.1%}), {tuned['token_agreement']:.1%} of greedy tokens the same, "
+        f"{tuned['bytes'] / 1e6:.0f} MB -> {ONNX}/"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)
