@@ -1,0 +1,121 @@
+"""The chat app: page, API and health in one process. Run: `make serve`; in a Space: `python app.py`.
+
+It needs nothing but this folder, the packages of its requirements and exported models.
+"""
+
+import os
+
+# Read by the libraries when they are imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import argparse  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import AsyncIterator, Mapping  # noqa: E402
+from contextlib import asynccontextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import gradio as gr  # noqa: E402
+import uvicorn  # noqa: E402
+from engine import Engine  # noqa: E402
+from fair_queue import FairQueue  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+from limits import Limits  # noqa: E402
+from openai_api import routes  # noqa: E402
+from page import STYLE, THEME, chat_page  # noqa: E402
+
+MODELS = ("tuned", "base")  # the first that is there is the one to chat with
+MOST_CONNECTIONS = 512
+# In a Space, requests come through a proxy in one of these networks, which says whose they are.
+PROXIES = ["127.0.0.1", "::1", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
+
+
+def build(engines: Mapping[str, Engine], queue: FairQueue) -> FastAPI:
+    """The ASGI app for these models, by name; the first is the default."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        queue.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Limits)
+    app.include_router(routes(engines, queue))
+    return gr.mount_gradio_app(
+        app,
+        chat_page(engines, queue),
+        path="/",
+        theme=THEME,
+        css_paths=STYLE,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+    )
+
+
+def load(folder: Path) -> dict[str, Engine]:
+    """The exported models in `folder`, by name. Raises FileNotFoundError when there is none, or one is damaged."""
+    there = [name for name in MODELS if (folder / name).is_dir()]
+    if not there:
+        raise FileNotFoundError(f"{folder} holds no exported model ({' or '.join(MODELS)})")
+    return {name: Engine(folder / name) for name in there}
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError when the port is taken, or not ours to take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="app.py", description=(__doc__ or "").partition("\n")[0])
+    # Gradio's own variables, which a Space sets.
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
+    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
+    parser.add_argument("--models", type=Path, default=Path(__file__).parent / "model", help="folder of exported models")
+    parser.add_argument("--places", type=int, default=64, help="how many may wait for the model (default: 64)")
+    parser.add_argument("--patience", type=float, default=60, help="seconds that one waits at most (default: 60)")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    chosen = options()
+    try:
+        # Before anything slow: a taken port is said at once.
+        listener = listen(chosen.host, chosen.port)
+    except OSError as error:
+        sys.exit(
+            f"error: {chosen.host}:{chosen.port} cannot be served ({error.strerror}). "
+            "Stop what uses it, or choose another: make serve PORT=7861"
+        )
+    try:
+        engines = load(chosen.models)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}. Run `make all` to export it.")
+    app = build(engines, FairQueue(chosen.places, chosen.patience))
+    host, port = listener.getsockname()[:2]
+    print(f"Chat page: http://{host}:{port}   API: http://{host}:{port}/v1   (Ctrl+C ends it)", flush=True)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=1,
+        forwarded_allow_ips=PROXIES if "SPACE_ID" in os.environ else "127.0.0.1",
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The chat page: a chat with the first model, all models side by side, and their cards."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gradio as gr
+from card import about, title
+from chat_view import chat_view
+from compare_view import compare_view
+from engine import Engine
+from fair_queue import FairQueue
+from settings import settings_panel
+
+STYLE = Path(__file__).with_name("page.css")
+# Fonts that are on the reader's machine: nothing is fetched.
+THEME = gr.themes.Soft(
+    primary_hue="teal",
+    neutral_hue="slate",
+    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+    font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+)
+
+
+def chat_page(engines: Mapping[str, Engine], queue: FairQueue) -> gr.Blocks:
+    """The page for `engines` by the name of their model; the first is the one to chat with."""
+    engine = next(iter(engines.values()))
+    with gr.Blocks(title=title(engine.card), fill_height=True, analytics_enabled=False) as page:
+        with gr.Sidebar(label="Settings", position="right", open=False, width=320):
+            settings = settings_panel(engine.card.get("system_prompt") or "", engine.context_length)
+        gr.Markdown(f"# {title(engine.card)}", elem_id="title")
+        with gr.Tab("Chat", scale=1):
+            chat_view(engine, queue, settings)
+        if len(engines) > 1:
+            with gr.Tab("Compare", scale=1):
+                compare_view(engines, queue, settings)
+        with gr.Tab("About the model"):
+            gr.Markdown(about({name: engine.card for name, engine in engines.items()}), elem_id="about")
+    # The line before the model is ours; Gradio's own queue only bounds how many may look at it.
+    page.queue(api_open=False, default_concurrency_limit=None, max_size=4 * queue.places)
+    return page
