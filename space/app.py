@@ -16,6 +16,7 @@ import sys  # noqa: E402
 from collections.abc import AsyncIterator, Mapping  # noqa: E402
 from contextlib import asynccontextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import gradio as gr  # noqa: E402
 import uvicorn  # noqa: E402
@@ -40,7 +41,8 @@ def build(engines: Mapping[str, Engine], queue: FairQueue) -> FastAPI:
         yield
         queue.close()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}  # they load scripts from elsewhere
+    app = FastAPI(lifespan=lifespan, **no_docs)
     app.add_middleware(Limits)
     app.include_router(routes(engines, queue))
     return gr.mount_gradio_app(
@@ -49,6 +51,7 @@ def build(engines: Mapping[str, Engine], queue: FairQueue) -> FastAPI:
         path="/",
         theme=THEME,
         css_paths=STYLE,
+        app_kwargs=no_docs,
         footer_links=[],
         ssr_mode=False,
         mcp_server=False,
@@ -84,7 +87,9 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     # Gradio's own variables, which a Space sets.
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
-    parser.add_argument("--models", type=Path, default=Path(__file__).parent / "model", help="folder of exported models")
+    parser.add_argument(
+        "--models", type=Path, default=Path(__file__).parent / "model", help="folder of exported models"
+    )
     parser.add_argument("--places", type=int, default=64, help="how many may wait for the model (default: 64)")
     parser.add_argument("--patience", type=float, default=60, help="seconds that one waits at most (default: 60)")
     return parser.parse_args(arguments)
@@ -114,7 +119,10 @@ def main() -> None:
         timeout_graceful_shutdown=1,
         forwarded_allow_ips=PROXIES if "SPACE_ID" in os.environ else "127.0.0.1",
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn has ended in good order, and passes it on
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,101 @@
-"""What the page tells of the model: where it comes from, and what was measured."""
+"""What the page tells of its models: where they come from, how they were made, and what was measured.
+
+A card is what the export stage writes beside a model (card.json); what it does not hold is left out.
+"""
 
 from collections.abc import Mapping
+from html import escape
+from pathlib import PurePosixPath
 from typing import Any
 
-
-def title(card: Mapping[str, Any]) -> str:
-    return str(card.get("title") or "Chat")
-
-
-def about(cards: Mapping[str, Mapping[str, Any]]) -> str:
-    """All cards as Markdown."""
-    parts = []
-    for name, card in cards.items():
-        parts.append(f"## {name.capitalize()} model\n\n{_table(card)}")
-    return "\n\n".join(parts)
+Card = Mapping[str, Any]
+MEASURED = {  # a card's `quality`, and how it is shown
+    "perplexity": ("perplexity", "{:.2f}"),
+    "perplexity_before": ("… before the export", "{:.2f}"),
+    "token_accuracy": ("token accuracy", "{:.1%}"),
+    "token_agreement": ("greedy tokens as before the export", "{:.1%}"),
+    "bytes": ("size, MB", "{:.0f}"),
+}
 
 
-def _table(card: Mapping[str, Any]) -> str:
-    rows = [f"| {key} | {value} |" for key, value in card.items() if not isinstance(value, dict)]
-    sections = [f"\n\n### {key}\n\n{_table(value)}" for key, value in card.items() if isinstance(value, dict)]
-    return "\n".join(["| | |", "| --- | --- |", *rows]) + "".join(sections)
+def title(card: Card) -> str:
+    """The base model's name, and what was done to it."""
+    source = (card.get("base_model") or {}).get("source")
+    return f"{_short(source)}, {card.get('name', 'tuned')}" if source else "Chat"
+
+
+def subtitle(card: Card) -> str:
+    data = (card.get("dataset") or {}).get("source")
+    parts = [
+        f"Fine-tuned by QLoRA on {_short(data)}" if data else "A language model",
+        f"{card['export']['export_precision']} on a CPU" if card.get("export") else "on a CPU",
+        "check what it says",
+    ]
+    return " · ".join(parts)
+
+
+def about(cards: Mapping[str, Card]) -> str:
+    """The cards of all models, by name, as one Markdown page; the first is the tuned model's."""
+    first = next(iter(cards.values()))
+    parts = [_measured(cards), _table("Where it comes from", _origin(first))]
+    training = (first.get("training") or {}).get("params") or {}
+    for heading, params in (("Training parameters", training), ("Export parameters", first.get("export") or {})):
+        parts.append(_table(heading, {key: _code(value) for key, value in params.items()}, ("parameter", "value")))
+    return "\n\n".join(filter(None, parts))
+
+
+def _measured(cards: Mapping[str, Card]) -> str:
+    held_out = next(iter(cards.values())).get("held_out")
+    names = sorted(cards)
+    rows = []
+    for key, (label, form) in MEASURED.items():
+        values = [(cards[name].get("quality") or {}).get(key) for name in names]
+        if any(value is not None for value in values):
+            scale = 1e6 if key == "bytes" else 1
+            shown = ["–" if value is None else form.format(value / scale) for value in values]
+            rows.append(f"| {label} | {' | '.join(shown)} |")
+    if not rows:
+        return ""
+    what = (
+        f" on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens"
+        if held_out
+        else ""
+    )
+    head = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    return "\n".join([f"### Measured{what}", "", *head, *rows])
+
+
+def _origin(card: Card) -> dict[str, str]:
+    training = card.get("training") or {}
+    origin: dict[str, str] = {}
+    for label, key in (("Base model", "base_model"), ("Data", "dataset")):
+        source = card.get(key) or {}
+        if source:
+            origin[label] = _code(source.get("source"))
+            origin[f"{label}: version"] = _code(source.get("revision") or "as in the project's repository")
+            origin[f"{label}: licence"] = escape(str(source.get("license") or "not stated"))
+    if training:
+        origin["Trained on"] = (
+            f"{training.get('train_conversations')} conversations, "
+            f"{training.get('train_supervised_tokens')} tokens of the assistant's"
+        )
+    if card.get("system_prompt"):
+        origin["System prompt"] = escape(card["system_prompt"])
+    return origin
+
+
+def _table(heading: str, rows: Mapping[str, str], columns: tuple[str, str] = ("", "")) -> str:
+    if not rows:
+        return ""
+    lines = [f"### {heading}", "", f"| {columns[0]} | {columns[1]} |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _code(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+    return "`" + text.replace("`", "'").replace("|", "\\|") + "`" if text else "–"
+
+
+def _short(source: str) -> str:
+    """`owner/phi-2` → `phi-2`; a file's name without what follows its first dot."""
+    return PurePosixPath(source).name.partition(".")[0]

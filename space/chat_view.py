@@ -8,8 +8,9 @@ import gradio as gr
 from conversation import Shown, answer, answer_so_far, as_messages, last_question, question, stopped, text_of
 from engine import Engine
 from fair_queue import FairQueue
-from follow import AT_ONCE, STREAMING, box_ready, box_while_answering, follow, prompt_box, reader
+from follow import AT_ONCE, STREAMING, follow, reader
 from progress import Progress, progress
+from prompt_box import box_ready, box_while_answering, prompt_box
 from settings import Chosen
 
 EXAMPLES = [
@@ -31,8 +32,7 @@ def chat_view(engine: Engine, queue: FairQueue, settings: list[Any]) -> None:
         height="100%",
         buttons=["copy"],
         examples=[{"text": example} for example in EXAMPLES],
-        placeholder="### Ask something\nThis is a small model on a CPU: quick, and often wrong.",
-        allow_tags=["span"],
+        placeholder="### What would you like to know?",
     )
     box = prompt_box("Message", "chat-box", autofocus=True)
 
@@ -40,7 +40,7 @@ def chat_view(engine: Engine, queue: FairQueue, settings: list[Any]) -> None:
         chosen = Chosen(*values)
 
         def work(cancel: threading.Event) -> Iterator[Progress]:
-            return progress(engine.stream(as_messages(conversation, chosen), chosen.sampling(), cancel))
+            return progress(engine.stream(as_messages(conversation, chosen.system_prompt), chosen.sampling(), cancel))
 
         shown = answer("", "…")
         yield box, [*conversation, shown]
@@ -71,7 +71,7 @@ def chat_view(engine: Engine, queue: FairQueue, settings: list[Any]) -> None:
         return box_ready(value=text_of(history[at])), history[:at]
 
     outputs = [box, chatbot]
-    running = [
+    running: list[Any] = [
         box.submit(ask, [box, chatbot, *settings], outputs, **STREAMING),
         chatbot.example_select(ask_example, [chatbot, *settings], outputs, **STREAMING),
         chatbot.retry(retry, [chatbot, *settings], outputs, **STREAMING),

@@ -8,8 +8,9 @@ import gradio as gr
 from conversation import Shown, answer, answer_so_far, as_messages, question, stopped
 from engine import Engine
 from fair_queue import FairQueue
-from follow import AT_ONCE, STREAMING, box_ready, box_while_answering, follow, prompt_box, reader
+from follow import AT_ONCE, STREAMING, follow, reader
 from progress import Progress, progress, side_by_side
+from prompt_box import box_ready, box_while_answering, prompt_box
 from settings import Chosen
 
 Updates = AsyncIterator[tuple[Any, ...]]  # of the prompt box, and of the conversation with each model
@@ -28,12 +29,10 @@ def compare_view(engines: Mapping[str, Engine], queue: FairQueue, settings: list
                 min_width=320,
                 buttons=["copy"],
                 placeholder=f"What the {name} model answers",
-                allow_tags=["span"],
             )
             for name in names
         ]
     box = prompt_box("Message to all models", "compare-box")
-    clear = gr.Button("Clear", size="sm", variant="secondary")
 
     async def ask(request: gr.Request, text: str, *rest: Any) -> Updates:
         if not text.strip():
@@ -45,7 +44,7 @@ def compare_view(engines: Mapping[str, Engine], queue: FairQueue, settings: list
             return side_by_side(
                 {
                     name: progress(
-                        engines[name].stream(as_messages(conversation, chosen), chosen.sampling(), cancel)
+                        engines[name].stream(as_messages(conversation, chosen.system_prompt), chosen.sampling(), cancel)
                     )
                     for name, conversation in asked.items()
                 }
@@ -69,6 +68,7 @@ def compare_view(engines: Mapping[str, Engine], queue: FairQueue, settings: list
         return box_ready(), *([] for _ in names)
 
     outputs = [box, *chatbots]
-    running = [box.submit(ask, [box, *chatbots, *settings], outputs, **STREAMING)]
+    running: list[Any] = [box.submit(ask, [box, *chatbots, *settings], outputs, **STREAMING)]
     box.stop(stop, chatbots, outputs, cancels=running, **AT_ONCE)
-    clear.click(clear_all, None, outputs, cancels=running, **AT_ONCE)
+    for chatbot in chatbots:
+        chatbot.clear(clear_all, None, outputs, cancels=running, **AT_ONCE)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from progress import Progress
-from settings import Chosen
 
 Shown = dict[str, Any]  # a message of gr.Chatbot: its role, and its content as a list of parts
 
@@ -14,8 +13,7 @@ def question(text: str) -> Shown:
 
 
 def answer(text: str, note: str) -> Shown:
-    parts = [text, f'<span class="note">{note}</span>']
-    return {"role": "assistant", "content": [{"type": "text", "text": part} for part in parts]}
+    return {"role": "assistant", "content": [{"type": "text", "text": part} for part in (text, note)]}
 
 
 def answer_so_far(state: Progress | str, before: Shown | None = None) -> Shown:
@@ -29,9 +27,8 @@ def stopped(history: Sequence[Shown]) -> list[Shown]:
     """The conversation with its last answer marked as stopped."""
     if not history or history[-1]["role"] != "assistant":
         return list(history)
-    note = history[-1]["content"][-1]["text"].removeprefix('<span class="note">').removesuffix("</span>")
-    kept = f"{note} · stopped" if text_of(history[-1]) else "stopped"
-    return [*history[:-1], answer(text_of(history[-1]), kept)]
+    text, note = (part["text"] for part in history[-1]["content"])
+    return [*history[:-1], answer(text, f"{note} · stopped" if text else "stopped")]
 
 
 def text_of(message: Shown) -> str:
@@ -39,14 +36,14 @@ def text_of(message: Shown) -> str:
     return str(message["content"][0]["text"])
 
 
-def last_question(history: Sequence[Shown], index: int) -> int:
-    """Where the question stands that the message at `index` answers, or is."""
-    return max(i for i in range(index + 1) if history[i]["role"] == "user")
+def last_question(history: Sequence[Shown], index: Any) -> int:
+    """Where the question stands that the message at `index` (from an event of gr.Chatbot) answers, or is."""
+    return max(i for i in range(int(index) + 1) if history[i]["role"] == "user")
 
 
-def as_messages(history: Sequence[Shown], chosen: Chosen) -> list[dict[str, str]]:
+def as_messages(history: Sequence[Shown], system_prompt: str) -> list[dict[str, str]]:
     """The conversation as the engine takes it; answers that were stopped before their first word are left out."""
-    system = chosen.system_prompt.strip()
+    system = system_prompt.strip()
     messages = [{"role": "system", "content": system}] if system else []
     for message in history:
         text = text_of(message)
@@ -60,10 +57,11 @@ def figures(state: Progress) -> str:
     parts = [f"{state.tokens} token{'s' * (state.tokens != 1)}"]
     if state.tokens_per_second is not None:
         parts.append(f"{state.tokens_per_second:.1f} tokens/s")
-    parts.append(f"first after {state.first_after:.1f} s")
+    if state.first_after >= 0.05:
+        parts.append(f"first after {state.first_after:.1f} s")
     if state.finish_reason == "length":
         parts.append("cut at max tokens")
     if state.dropped_turns:
         turns = "oldest turn" if state.dropped_turns == 1 else f"{state.dropped_turns} oldest turns"
-        parts.append(f"the {turns} did not fit and the model did not read {'it' if state.dropped_turns == 1 else 'them'}")
+        parts.append(f"no room for the {turns}: not read")
     return " · ".join(parts)

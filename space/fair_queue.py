@@ -132,7 +132,8 @@ class FairQueue:
         self._joined += 1
         job = Job(self, client, work, self._joined)
         for key in (client.address, client):
-            self._served.setdefault(key, self._clock)
+            # A newcomer goes before who was just served, and behind all who wait longer than that.
+            self._served.setdefault(key, self._clock - 1)
         self._waiting.append(job)
         job.deadline = asyncio.get_running_loop().call_later(self.patience, self._refuse, job)
         self._begin_next()

@@ -17,8 +17,8 @@ from engine import Chunk, Engine, Sampling
 from fair_queue import Busy, Client, FairQueue, Job
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from openai_schema import ChatRequest, problems
 from limits import TooLarge
+from openai_schema import ChatRequest, problems
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -33,7 +33,12 @@ class ApiError(Exception):
     """An error as OpenAI words it: https://platform.openai.com/docs/guides/error-codes"""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status

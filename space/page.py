@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import gradio as gr
-from card import about, title
+from card import about, subtitle, title
 from chat_view import chat_view
 from compare_view import compare_view
 from engine import Engine
 from fair_queue import FairQueue
+from follow import AT_ONCE
 from settings import settings_panel
 
 STYLE = Path(__file__).with_name("page.css")
@@ -25,16 +26,23 @@ def chat_page(engines: Mapping[str, Engine], queue: FairQueue) -> gr.Blocks:
     """The page for `engines` by the name of their model; the first is the one to chat with."""
     engine = next(iter(engines.values()))
     with gr.Blocks(title=title(engine.card), fill_height=True, analytics_enabled=False) as page:
-        with gr.Sidebar(label="Settings", position="right", open=False, width=320):
+        gr.Markdown(f"# {title(engine.card)}\n{subtitle(engine.card)}", elem_id="title")
+        # Laid out below the views, which use it.
+        with gr.Accordion("Settings", open=False, elem_id="settings", render=False) as panel:
             settings = settings_panel(engine.card.get("system_prompt") or "", engine.context_length)
-        gr.Markdown(f"# {title(engine.card)}", elem_id="title")
-        with gr.Tab("Chat", scale=1):
+        with gr.Tab("Chat") as chat:
             chat_view(engine, queue, settings)
+        views = [chat]
         if len(engines) > 1:
-            with gr.Tab("Compare", scale=1):
+            with gr.Tab("Compare") as compare:
                 compare_view(engines, queue, settings)
-        with gr.Tab("About the model"):
+            views.append(compare)
+        with gr.Tab("About the model") as about_tab:
             gr.Markdown(about({name: engine.card for name, engine in engines.items()}), elem_id="about")
+        panel.render()
+        for view in views:
+            view.select(lambda: gr.update(visible=True), None, panel, **AT_ONCE)
+        about_tab.select(lambda: gr.update(visible=False), None, panel, **AT_ONCE)
     # The line before the model is ours; Gradio's own queue only bounds how many may look at it.
     page.queue(api_open=False, default_concurrency_limit=None, max_size=4 * queue.places)
     return page

@@ -252,3 +252,11 @@ def tiny_project(project, tiny_llama) -> Project:
     project.set(**TINY)
     project.commit("tiny recipe")
     return project
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> Path:
+    """A folder with two exported tiny models, tuned and base, as the chat app takes it."""
+    from serving import export_tiny
+
+    return export_tiny(tmp_path_factory.mktemp("exported"))

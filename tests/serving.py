@@ -1,0 +1,117 @@
+"""The chat app for tests: tiny exported models, and the app on a free port of loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from conftest import ROOT, save_llama
+
+START = 60  # seconds that a server may take, on a busy machine
+
+
+def export_tiny(folder: Path) -> Path:
+    """Two exported tiny Llamas, `tuned` and `base`, in `folder`. Left to themselves they never end an answer."""
+    import torch
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from stages.merge import plain_template
+
+    for seed, name in enumerate(("tuned", "base")):
+        source = save_llama(folder / "source" / name)
+        changes = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(source, **changes))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.lm_head.weight.normal_()
+            model.lm_head.weight[:3] = 0  # special tokens are never among the likeliest
+        model.save_pretrained(source)
+        template = (ROOT / "stages/templates/chatml.jinja").read_text(encoding="utf-8")
+        (source / "chat_template.jinja").write_text(plain_template(template), encoding="utf-8")
+        task = ("", str(source), str(folder / name), "int4", "cpu", str(folder / "cache"))
+        create_model(*task, **parse_extra_options(*task, []))
+        card = {"title": "A tiny model", "system_prompt": "You are a helpful assistant."}
+        (folder / name / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+class Paced:
+    """An engine that takes its time: `seconds` more for each piece of an answer."""
+
+    def __init__(self, engine, seconds: float) -> None:
+        self._engine = engine
+        self.seconds = seconds
+        self.card = engine.card
+        self.context_length = engine.context_length
+
+    def stream(self, *args) -> Iterator:
+        for chunk in self._engine.stream(*args):
+            time.sleep(self.seconds)
+            yield chunk
+
+
+@contextmanager
+def served(engines, queue) -> Iterator[str]:
+    """The app of these engines in this process, in a thread of its own; gives its address."""
+    import uvicorn
+    from app import build, listen
+
+    listener = listen("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(build(engines, queue), log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        wait_until_up(address)
+        yield address
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@contextmanager
+def started(models: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The app as a user starts it, in a process of its own; gives its address and the process."""
+    process = subprocess.Popen(
+        [sys.executable, "space/app.py", "--models", models, "--port", "0", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        address = next(word for word in line.split() if word.startswith("http"))
+        wait_until_up(address)
+        yield address, process
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stdout.close()
+
+
+def wait_until_up(address: str) -> None:
+    until = time.monotonic() + START
+    while time.monotonic() < until:
+        try:
+            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise AssertionError(f"{address} does not answer")
+
+
+def until(condition, seconds: float = 30) -> float:
+    """Wait until `condition()` holds; returns how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "waited in vain"
+        time.sleep(0.02)
+    return time.monotonic() - began

@@ -1,0 +1,192 @@
+"""The line before the model: bounded, fair, and free of whoever left."""
+
+import asyncio
+import threading
+
+import pytest
+from fair_queue import Busy, Client, FairQueue
+
+
+class Gate:
+    """Work that yields its name when it begins, and ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.open = threading.Event()
+
+    def work(self, name: str):
+        def run(cancel: threading.Event):
+            self.order.append(name)
+            yield name
+            while not (self.open.wait(0.005) or cancel.is_set()):
+                pass
+
+        return run
+
+
+async def drained(job) -> list:
+    return [item async for item in job]
+
+
+def run(scenario):
+    return asyncio.run(asyncio.wait_for(scenario, 30))
+
+
+def order_of(clients: list[Client]) -> list[str]:
+    """In which order jobs of these clients are served that join one after the other while another one runs."""
+
+    async def scenario():
+        queue, gate = FairQueue(), Gate()
+        first = queue.join(Client("first"), gate.work("first"))
+        jobs = [queue.join(client, gate.work(f"{client.address}{client.session}")) for client in clients]
+        gate.open.set()
+        await asyncio.gather(*(drained(job) for job in [first, *jobs]))
+        return gate.order[1:]
+
+    return run(scenario())
+
+
+def test_one_client_is_served_in_the_order_of_arrival():
+    async def scenario():
+        queue, gate = FairQueue(), Gate()
+        gate.open.set()
+        jobs = [queue.join(Client("a"), gate.work(str(i))) for i in range(10)]
+        assert [await drained(job) for job in jobs] == [[str(i)] for i in range(10)]
+        while queue.waiting or queue.running:
+            await asyncio.sleep(0.01)
+
+    run(scenario())
+
+
+def test_clients_take_turns_however_many_jobs_one_has():
+    assert order_of([Client("a")] * 4 + [Client("b"), Client("c")]) == ["a", "b", "c", "a", "a", "a"]
+
+
+def test_an_address_with_many_sessions_has_no_more_turns_than_another():
+    sessions = [Client("a", str(i)) for i in range(3)]
+    assert order_of([*sessions, sessions[0], Client("b"), Client("b")]) == ["a0", "b", "a1", "b", "a2", "a0"]
+
+
+def test_who_comes_again_and_again_does_not_pass_who_waits():
+    async def scenario():
+        queue, gate = FairQueue(), Gate()
+        patient = [queue.join(Client("a"), gate.work("a")) for _ in range(3)]
+        gate.open.set()
+        for _ in range(4):  # each time a newcomer, as the line knows it
+            await drained(queue.join(Client("b"), gate.work("b")))
+        await asyncio.gather(*(drained(job) for job in patient))
+        return gate.order
+
+    assert run(scenario())[:5] == ["a", "b", "a", "b", "a"]
+
+
+def test_a_full_line_refuses_and_says_when_to_come_again():
+    async def scenario():
+        queue, gate = FairQueue(places=2), Gate()
+        jobs = [queue.join(Client(name), gate.work(name)) for name in "abc"]
+        with pytest.raises(Busy) as busy:
+            queue.join(Client("d"), gate.work("d"))
+        assert 1 <= busy.value.retry_after <= 60
+        assert queue.waiting == 2
+        gate.open.set()
+        await asyncio.gather(*(drained(job) for job in jobs))
+
+    run(scenario())
+
+
+def test_who_fills_the_line_gives_a_place_to_a_newcomer():
+    async def scenario():
+        queue, gate = FairQueue(places=4), Gate()
+        greedy = [queue.join(Client("greedy"), gate.work(str(i))) for i in range(5)]
+        newcomer = queue.join(Client("new"), gate.work("new"))
+        with pytest.raises(Busy):
+            await drained(greedy[-1])  # the newest place
+        with pytest.raises(Busy):
+            queue.join(Client("greedy"), gate.work("more"))
+        gate.open.set()
+        await asyncio.gather(*(drained(job) for job in [*greedy[:-1], newcomer]))
+        return gate.order
+
+    assert run(scenario()) == ["0", "new", "1", "2", "3"]
+
+
+def test_no_one_waits_longer_than_their_patience():
+    async def scenario():
+        queue, gate = FairQueue(patience=0.1), Gate()
+        first = queue.join(Client("a"), gate.work("a"))
+        with pytest.raises(Busy):
+            await drained(queue.join(Client("b"), gate.work("b")))
+        gate.open.set()
+        assert await drained(first) == ["a"]
+        assert gate.order == ["a"]
+
+    run(scenario())
+
+
+def test_who_leaves_frees_the_place_and_the_model():
+    async def scenario():
+        queue, gate = FairQueue(), Gate()
+        async with queue.join(Client("a"), gate.work("a")) as running:
+            await anext(aiter(running))
+            async with queue.join(Client("b"), gate.work("b")) as waiting:
+                assert (queue.running, queue.waiting, waiting.ahead) == (1, 1, 1)
+            assert queue.waiting == 0
+        # The gate stays closed: only leaving ends the work.
+        last = queue.join(Client("c"), gate.work("c"))
+        await anext(aiter(last))
+        assert gate.order == ["a", "c"]
+        last.leave()
+        while queue.running:
+            await asyncio.sleep(0.01)
+        assert queue._served == {}  # nothing is kept of who has gone
+
+    run(scenario())
+
+
+def test_a_cancelled_reader_frees_the_model():
+    async def scenario():
+        queue, gate = FairQueue(), Gate()
+
+        async def read():
+            async with queue.join(Client("a"), gate.work("a")) as job:
+                await drained(job)
+
+        reader = asyncio.create_task(read())
+        while not gate.order:
+            await asyncio.sleep(0.01)
+        reader.cancel()
+        while queue.running:
+            await asyncio.sleep(0.01)
+
+    run(scenario())
+
+
+def test_failing_work_fails_its_own_job_alone():
+    async def scenario():
+        queue, gate = FairQueue(), Gate()
+        gate.open.set()
+
+        def broken(cancel):
+            yield 1
+            raise ValueError("broken")
+
+        job, other = queue.join(Client("a"), broken), queue.join(Client("a"), gate.work("b"))
+        got = []
+        with pytest.raises(ValueError, match="broken"):
+            async for item in job:
+                got.append(item)
+        assert got == [1]
+        assert await drained(other) == ["b"]
+
+    run(scenario())
+
+
+def test_batches_hold_what_came_meanwhile():
+    async def scenario():
+        queue = FairQueue()
+        job = queue.join(Client("a"), lambda cancel: iter(range(1000)))
+        batches = [batch async for batch in job.batches(every=0.02)]
+        assert sum(batches, []) == list(range(1000))
+        assert len(batches) < 100
+
+    run(scenario())
