@@ -41,7 +41,11 @@ def build(engines: Mapping[str, Engine], queue: FairQueue) -> FastAPI:
         yield
         queue.close()
 
-    no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}  # they load scripts from elsewhere
+    no_docs: dict[str, Any] = {
+        "docs_url": None,
+        "redoc_url": None,
+        "openapi_url": None,
+    }  # they load scripts from elsewhere
     app = FastAPI(lifespan=lifespan, **no_docs)
     app.add_middleware(Limits)
     app.include_router(routes(engines, queue))
@@ -116,6 +120,7 @@ def main() -> None:
         app,
         log_level="warning",
         limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=30,  # longer than clients keep a connection: none finds it closed as it sends
         timeout_graceful_shutdown=1,
         forwarded_allow_ips=PROXIES if "SPACE_ID" in os.environ else "127.0.0.1",
     )

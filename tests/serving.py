@@ -37,7 +37,14 @@ def export_tiny(folder: Path) -> Path:
         (source / "chat_template.jinja").write_text(plain_template(template), encoding="utf-8")
         task = ("", str(source), str(folder / name), "int4", "cpu", str(folder / "cache"))
         create_model(*task, **parse_extra_options(*task, []))
-        card = {"title": "A tiny model", "system_prompt": "You are a helpful assistant."}
+        card = {
+            "name": name,
+            "base_model": {"source": "file:data/local/tiny", "revision": None, "license": None},
+            "training": {"params": {"lora_r": 16}} if name == "tuned" else None,
+            "system_prompt": "You are a helpful assistant.",
+            "export": {"export_precision": "int4"},
+            "quality": {"perplexity": 395.0},
+        }
         (folder / name / "card.json").write_text(json.dumps(card))
     return folder
 

@@ -1,0 +1,203 @@
+"""Under load and abuse: many clients at once, clients that leave, hostile requests, memory over 500 requests."""
+
+import asyncio
+import json
+import time
+
+import httpx
+import psutil
+import pytest
+from serving import Paced, served, started, until
+
+pytestmark = pytest.mark.slow
+HELLO = [{"role": "user", "content": "What is the capital of France?"}]
+JSON = {"Content-Type": "application/json"}
+LIMITS = httpx.Limits(max_connections=100)
+
+
+def body(**options) -> dict:
+    return {"messages": HELLO, "max_tokens": 16, **options}
+
+
+async def ask(client: httpx.AsyncClient, key: int | str, **options) -> httpx.Response:
+    return await client.post("/v1/chat/completions", json=body(**options), headers={"Authorization": f"Bearer {key}"})
+
+
+def at_once(address: str, scenario):
+    """Run `scenario(client)` with an asynchronous client of that address."""
+
+    async def run():
+        async with httpx.AsyncClient(base_url=address, timeout=120, limits=LIMITS) as client:
+            return await scenario(client)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def running(tiny_models):
+    """The app in a process of its own; gives its address and the process."""
+    with started(tiny_models) as (address, process):
+        yield address, process
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_models):
+    from engine import Engine
+
+    return Engine(tiny_models / "tuned", threads=1)
+
+
+@pytest.fixture
+def paced(engine):
+    """The app with an engine that takes 20 ms for each piece; gives its address."""
+    from fair_queue import FairQueue
+
+    with served({"tuned": Paced(engine, 0.02)}, FairQueue(places=8)) as address:
+        yield address
+
+
+def health(address: str) -> dict:
+    return httpx.get(f"{address}/health", timeout=10).json()
+
+
+def idle(address: str) -> bool:
+    state = health(address)
+    return (state["running"], state["waiting"]) == (0, 0)
+
+
+def test_32_clients_at_once_are_all_answered(running):
+    async def scenario(client):
+        return await asyncio.gather(*(ask(client, key) for key in range(32)))
+
+    for response in at_once(running[0], scenario):
+        assert response.status_code == 200
+        assert response.json()["usage"]["completion_tokens"] == 16
+    assert until(lambda: idle(running[0])) < 5
+
+
+def test_beyond_its_places_it_says_busy_and_when_to_come_again(paced):
+    async def scenario(client):
+        return await asyncio.gather(*(ask(client, key, stream=key % 2 == 0) for key in range(32)))
+
+    responses = at_once(paced, scenario)
+    answered = [response for response in responses if response.status_code == 200]
+    busy = [response for response in responses if response.status_code == 429]
+    assert len(answered) == 9 and len(busy) == 23  # one answered at a time, eight places
+    for response in busy:
+        assert 1 <= int(response.headers["Retry-After"]) <= 60
+        assert response.json()["error"]["code"] == "server_busy"
+
+
+def test_a_greedy_client_does_not_starve_another(paced):
+    async def scenario(client):
+        async def timed(key, **options):
+            response = await ask(client, key, **options)
+            return key, response.status_code, time.monotonic()
+
+        greedy = [asyncio.create_task(timed("greedy")) for _ in range(12)]
+        while health_of(await client.get("/health"))["waiting"] < 8:
+            await asyncio.sleep(0.01)
+        modest = await timed("modest")
+        return modest, await asyncio.gather(*greedy)
+
+    def health_of(response):
+        return response.json()
+
+    modest, greedy = at_once(paced, scenario)
+    assert modest[1] == 200
+    assert sum(status == 200 and when < modest[2] for _, status, when in greedy) <= 2
+    assert {status for _, status, _ in greedy} == {200, 429}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_the_model_within_a_second(paced, stream):
+    async def scenario(client):
+        sent = client.build_request("POST", "/v1/chat/completions", json=body(max_tokens=2000, stream=stream))
+        task = asyncio.create_task(client.send(sent, stream=True))
+        waiting = asyncio.create_task(ask(client, "other", max_tokens=2000))
+        while (await client.get("/health")).json() != {"status": "ok", "models": ["tuned"], "running": 1, "waiting": 1}:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        if stream:
+            response = await task
+            await anext(response.aiter_lines())
+            await response.aclose()
+        else:
+            task.cancel()
+
+    at_once(paced, scenario)
+    assert until(lambda: idle(paced)) < 1
+
+
+def test_a_client_that_never_reads_holds_nobody_up(paced):
+    with (
+        httpx.Client(base_url=paced, timeout=60) as lazy,
+        lazy.stream("POST", "/v1/chat/completions", json=body(max_tokens=100, stream=True)),
+    ):
+        until(lambda: idle(paced))
+        assert httpx.post(f"{paced}/v1/chat/completions", json=body(), timeout=60).status_code == 200
+
+
+HOSTILE = [
+    b"",
+    b"{",
+    b"[" * 200_000,
+    b"\xff\xfe\x00",
+    b'{"messages": "x"}',
+    b'{"messages": [{"role": "user", "content": null}]}',
+    json.dumps({"messages": HELLO, "temperature": "NaN"}).encode(),
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    json.dumps({"messages": HELLO, "max_tokens": 10**30}).encode(),
+    json.dumps({"messages": HELLO, "model": "../../etc/passwd"}).encode(),
+    json.dumps({"messages": [{"role": "user", "content": "   "}]}).encode(),
+    json.dumps({"messages": [{"role": "user", "content": "a" * 900_000}]}).encode(),
+    json.dumps({"messages": [{"role": "user", "content": "<|im_end|>" * 50_000}]}).encode(),
+    json.dumps({"messages": [{"role": "user", "content": "🙂\u0000\u202e" * 40_000}]}).encode(),
+    json.dumps({"messages": HELLO * 5000}).encode(),
+    b" " * 5_000_000,
+]
+
+
+def test_hostile_requests_get_a_4xx_and_harm_nobody(running):
+    address, process = running
+
+    async def scenario(client):
+        hostile = [
+            client.post("/v1/chat/completions", content=content, headers={**JSON, "Authorization": f"{i}"})
+            for i, content in enumerate(HOSTILE)
+        ]
+        return await asyncio.gather(*hostile, *(ask(client, f"good {i}") for i in range(8)))
+
+    responses = at_once(address, scenario)
+    refused, good = responses[: len(HOSTILE)], responses[len(HOSTILE) :]
+    assert [response.status_code for response in good] == [200] * 8
+    for content, response in zip(HOSTILE, refused, strict=True):
+        assert 400 <= response.status_code < 500, (content[:80], response.status_code)
+        assert "\n" not in response.json()["error"]["message"]
+    assert process.poll() is None
+    until(lambda: idle(address))
+
+
+def test_memory_is_bounded_over_500_requests(running):
+    address, process = running
+
+    async def some(client, count: int):
+        for start in range(0, count, 25):
+            batch = [
+                ask(
+                    client,
+                    i,
+                    messages=[{"role": "user", "content": f"Question {i}: {'word ' * (i % 40)}"}],
+                    max_tokens=8,
+                    stream=i % 2 == 0,
+                )
+                for i in range(start, start + 25)
+            ]
+            assert {response.status_code for response in await asyncio.gather(*batch)} == {200}
+
+    memory = psutil.Process(process.pid).memory_info
+    at_once(address, lambda client: some(client, 100))  # whatever is made once is made now
+    before = memory().rss
+    at_once(address, lambda client: some(client, 500))
+    grown = (memory().rss - before) / 2**20
+    assert grown < 40, f"{grown:.0f} MiB more after 500 requests"
