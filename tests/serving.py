@@ -1,19 +1,15 @@
 """The chat app for tests: tiny exported models, and the app on a free port of loopback."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from conftest import ROOT, save_llama
 
-START = 60  # seconds that a server may take, on a busy machine
+from bench.chat_server import answers, wait_until
 
 
 def export_tiny(folder: Path) -> Path:
@@ -76,49 +72,8 @@ def served(engines, queue) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        wait_until_up(address)
+        wait_until(lambda: answers(address))
         yield address
     finally:
         server.should_exit = True
         thread.join(30)
-
-
-@contextmanager
-def started(models: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The app as a user starts it, in a process of its own; gives its address and the process."""
-    process = subprocess.Popen(
-        [sys.executable, "space/app.py", "--models", models, "--port", "0", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        line = process.stdout.readline()
-        address = next(word for word in line.split() if word.startswith("http"))
-        wait_until_up(address)
-        yield address, process
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
-
-
-def wait_until_up(address: str) -> None:
-    until = time.monotonic() + START
-    while time.monotonic() < until:
-        try:
-            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise AssertionError(f"{address} does not answer")
-
-
-def until(condition, seconds: float = 30) -> float:
-    """Wait until `condition()` holds; returns how long that took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "waited in vain"
-        time.sleep(0.02)
-    return time.monotonic() - began

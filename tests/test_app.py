@@ -338,7 +338,7 @@ def test_a_failing_engine_is_one_error_and_no_end(tiny_models):
 
 @slow
 def test_the_command_serves_and_says_one_line_when_it_cannot(tiny_models, tmp_path):
-    from serving import started
+    from bench.chat_server import chat_server
 
     def refused(*arguments) -> str:
         result = subprocess.run(
@@ -351,7 +351,7 @@ def test_the_command_serves_and_says_one_line_when_it_cannot(tiny_models, tmp_pa
         assert result.returncode != 0
         return result.stderr
 
-    with started(tiny_models) as (address, process):
+    with chat_server(tiny_models) as (address, process):
         port = address.rpartition(":")[2]
         assert httpx.get(address).status_code == 200
         lines = refused("--models", tiny_models, "--port", port).splitlines()

@@ -9,7 +9,9 @@ import time
 
 import httpx
 import pytest
-from serving import Paced, served, until
+from serving import Paced, served
+
+from bench.chat_server import idle, wait_until
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -94,11 +96,6 @@ def chat(browser, address, tmp_path, request):
     assert chat.outside == [] and chat.faults == []
 
 
-def idle(address: str) -> bool:
-    state = httpx.get(f"{address}/health").json()
-    return (state["running"], state["waiting"]) == (0, 0)
-
-
 def test_an_answer_streams_with_its_speed(chat):
     chat.set_max_tokens(128)
     chat.box.fill("What is the capital of France?")
@@ -125,11 +122,11 @@ def test_stop_keeps_what_was_said_and_frees_the_model(chat, address):
     chat.set_max_tokens(1000)
     chat.box.fill("Tell me a long story")
     chat.box.press("Enter")
-    until(lambda: chat.answers.count() and len(chat.answers.first.text_content()) > 20)
+    wait_until(lambda: chat.answers.count() and len(chat.answers.first.text_content()) > 20)
     chat.stop.click()
     chat.send.wait_for()
-    assert until(lambda: idle(address)) < 1
-    until(lambda: "stopped" in chat.notes.first.text_content())
+    assert wait_until(lambda: idle(address)) < 1
+    wait_until(lambda: "stopped" in chat.notes.first.text_content())
     said = chat.answers.first.text_content()
     time.sleep(0.5)
     assert len(said) > 20 and chat.answers.first.text_content() == said
@@ -143,18 +140,18 @@ def test_retry_gives_another_answer_and_undo_gives_the_question_back(chat):
     chat.send.wait_for()
     before = chat.answers.first.text_content()
     chat.page.get_by_role("button", name="Retry").click()
-    until(lambda: chat.answers.first.text_content() not in ("", before))
+    wait_until(lambda: chat.answers.first.text_content() not in ("", before))
     chat.send.wait_for()
     assert chat.questions.count() == chat.answers.count() == 1
     chat.page.get_by_role("button", name="Undo").click()
-    until(lambda: chat.box.input_value() == "first")
+    wait_until(lambda: chat.box.input_value() == "first")
     assert chat.questions.count() == chat.answers.count() == 0
 
 
 def test_an_example_is_asked_with_a_click(chat):
     chat.set_max_tokens(8)
     chat.page.get_by_role("button", name="Select example 2").click()
-    until(lambda: chat.notes.count() and "8 tokens" in chat.notes.first.text_content())
+    wait_until(lambda: chat.notes.count() and "8 tokens" in chat.notes.first.text_content())
     assert "sky is blue" in chat.questions.first.text_content()
 
 
@@ -169,7 +166,7 @@ def test_base_and_tuned_answer_side_by_side(chat, address):
     def both_grow() -> bool:
         return all(answer.count() == 2 and 5 < len(answer.first.text_content()) for answer in said)
 
-    until(both_grow)
+    wait_until(both_grow)
     assert chat.page.locator("#compare-box").get_by_role("button", name="Stop").is_visible()
     chat.shot("both")
     chat.page.locator("#compare-box").get_by_role("button", name="Send").wait_for()
@@ -180,7 +177,7 @@ def test_base_and_tuned_answer_side_by_side(chat, address):
     box.fill("Once more")
     box.press("Enter")
     chat.page.locator("#compare-box").get_by_role("button", name="Stop").click()
-    assert until(lambda: idle(address)) < 1
+    assert wait_until(lambda: idle(address)) < 1
 
 
 def test_the_card_is_on_the_page(chat):
@@ -194,7 +191,7 @@ def test_all_of_it_works_by_keyboard(chat):
     chat.set_max_tokens(400)
     page = chat.page
     page.reload()
-    until(lambda: page.evaluate("document.activeElement.tagName") == "TEXTAREA")  # one can type at once
+    wait_until(lambda: page.evaluate("document.activeElement.tagName") == "TEXTAREA")  # one can type at once
     page.keyboard.type("two")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("lines")
@@ -208,7 +205,7 @@ def test_all_of_it_works_by_keyboard(chat):
             break
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    until(lambda: chat.notes.count() and "stopped" in chat.notes.first.text_content())
+    wait_until(lambda: chat.notes.count() and "stopped" in chat.notes.first.text_content())
     assert chat.questions.count() == 1 and "two\nlines" in chat.questions.first.inner_text()
     page.keyboard.press("Shift+Tab")
 
@@ -223,7 +220,7 @@ def test_all_of_it_works_by_keyboard(chat):
 
     press_until("Undo")
     page.keyboard.press("Enter")
-    until(lambda: chat.questions.count() == 0)
+    wait_until(lambda: chat.questions.count() == 0)
     press_until("Compare")
     page.keyboard.press("Enter")
     page.get_by_role("textbox", name="Message to all models").wait_for()
@@ -238,7 +235,7 @@ def test_dark_mode_follows_the_system(chat):
     chat.set_max_tokens(16)
     chat.box.fill("hello")
     chat.box.press("Enter")
-    until(lambda: chat.notes.count() and "16 tokens" in chat.notes.first.text_content())
+    wait_until(lambda: chat.notes.count() and "16 tokens" in chat.notes.first.text_content())
     assert brightness("body", "backgroundColor") < 60
     for text in ('#chat [data-testid="user"]', '#chat [data-testid="bot"]', "#chat-box textarea"):
         assert brightness(text, "color") > 150, text
@@ -260,7 +257,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(chat):
     assert box["y"] + box["height"] <= 844  # one sees where to type
     chat.box.fill("hello " * 20)
     chat.send.tap()
-    until(lambda: chat.notes.count() and "16 tokens" in chat.notes.first.text_content())
+    wait_until(lambda: chat.notes.count() and "16 tokens" in chat.notes.first.text_content())
     assert fits()
     chat.shot("chat")
     page.get_by_role("tab", name="Compare").tap()
@@ -278,10 +275,10 @@ def test_a_closed_page_frees_the_model(browser, address, tmp_path):
     chat.set_max_tokens(1000)
     chat.box.fill("Tell me a long story")
     chat.box.press("Enter")
-    until(lambda: chat.answers.count() and chat.answers.first.text_content())
+    wait_until(lambda: chat.answers.count() and chat.answers.first.text_content())
     assert not idle(address)
     context.close()
-    assert until(lambda: idle(address)) < 1
+    assert wait_until(lambda: idle(address)) < 1
 
 
 def test_a_page_and_the_api_share_the_line(chat, address):
@@ -291,5 +288,5 @@ def test_a_page_and_the_api_share_the_line(chat, address):
         assert response.status_code == 200
         chat.box.fill("hello")
         chat.box.press("Enter")
-        until(lambda: chat.notes.count() and "waiting: 1 answer before this one" in chat.notes.first.text_content())
-    until(lambda: "tokens/s" in chat.notes.first.text_content())
+        wait_until(lambda: chat.notes.count() and "waiting: 1 answer" in chat.notes.first.text_content())
+    wait_until(lambda: "tokens/s" in chat.notes.first.text_content())

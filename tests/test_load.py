@@ -7,7 +7,9 @@ import time
 import httpx
 import psutil
 import pytest
-from serving import Paced, served, started, until
+from serving import Paced, served
+
+from bench.chat_server import chat_server, idle, wait_until
 
 pytestmark = pytest.mark.slow
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
@@ -36,7 +38,7 @@ def at_once(address: str, scenario):
 @pytest.fixture(scope="module")
 def running(tiny_models):
     """The app in a process of its own; gives its address and the process."""
-    with started(tiny_models) as (address, process):
+    with chat_server(tiny_models) as (address, process):
         yield address, process
 
 
@@ -56,15 +58,6 @@ def paced(engine):
         yield address
 
 
-def health(address: str) -> dict:
-    return httpx.get(f"{address}/health", timeout=10).json()
-
-
-def idle(address: str) -> bool:
-    state = health(address)
-    return (state["running"], state["waiting"]) == (0, 0)
-
-
 def test_32_clients_at_once_are_all_answered(running):
     async def scenario(client):
         return await asyncio.gather(*(ask(client, key) for key in range(32)))
@@ -72,7 +65,7 @@ def test_32_clients_at_once_are_all_answered(running):
     for response in at_once(running[0], scenario):
         assert response.status_code == 200
         assert response.json()["usage"]["completion_tokens"] == 16
-    assert until(lambda: idle(running[0])) < 5
+    assert wait_until(lambda: idle(running[0])) < 5
 
 
 def test_beyond_its_places_it_says_busy_and_when_to_come_again(paced):
@@ -126,7 +119,7 @@ def test_a_client_that_goes_away_frees_the_model_within_a_second(paced, stream):
             task.cancel()
 
     at_once(paced, scenario)
-    assert until(lambda: idle(paced)) < 1
+    assert wait_until(lambda: idle(paced)) < 1
 
 
 def test_a_client_that_never_reads_holds_nobody_up(paced):
@@ -134,7 +127,7 @@ def test_a_client_that_never_reads_holds_nobody_up(paced):
         httpx.Client(base_url=paced, timeout=60) as lazy,
         lazy.stream("POST", "/v1/chat/completions", json=body(max_tokens=100, stream=True)),
     ):
-        until(lambda: idle(paced))
+        wait_until(lambda: idle(paced))
         assert httpx.post(f"{paced}/v1/chat/completions", json=body(), timeout=60).status_code == 200
 
 
@@ -175,7 +168,7 @@ def test_hostile_requests_get_a_4xx_and_harm_nobody(running):
         assert 400 <= response.status_code < 500, (content[:80], response.status_code)
         assert "\n" not in response.json()["error"]["message"]
     assert process.poll() is None
-    until(lambda: idle(address))
+    wait_until(lambda: idle(address))
 
 
 def test_memory_is_bounded_over_500_requests(running):

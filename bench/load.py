@@ -1,0 +1,137 @@
+"""Put the chat app under load: many clients at once, clients that leave, hostile requests, memory over 500 requests.
+
+It starts the app on loopback with the exported models and prints what it measured. Run: `python -m bench.load`
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from bench.chat_server import chat_server, idle, wait_until
+
+MODELS = Path("models/onnx")
+PROMPT = "Explain in two sentences why the sky is blue."
+URL = "/v1/chat/completions"
+HOSTILE = {
+    "no JSON": b"{",
+    "nested 200,000 deep": b"[" * 200_000,
+    "wrong types": b'{"messages": [{"role": "user", "content": 5}]}',
+    "an empty question": b'{"messages": [{"role": "user", "content": " "}]}',
+    "a question of 900,000 letters": json.dumps({"messages": [{"role": "user", "content": "a" * 900_000}]}).encode(),
+    "10^30 tokens asked for": b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1' + b"0" * 30 + b"}",
+    "a body of 5 MB": b" " * 5_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    seconds: float  # until it was there
+    first: float  # until its first word
+    tokens: int
+
+
+async def ask(client: httpx.AsyncClient, key: object, prompt: str, max_tokens: int) -> Answer:
+    """One streamed answer, as a client with a key of its own."""
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began, first, tokens = time.monotonic(), 0.0, 0
+    async with client.stream("POST", URL, json=body, headers={"Authorization": f"Bearer {key}"}) as response:
+        async for line in response.aiter_lines():
+            if '"content"' in line and not first:
+                first = time.monotonic() - began
+            if '"usage"' in line:
+                tokens = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
+    return Answer(response.status_code, time.monotonic() - began, first, tokens)
+
+
+async def at_once(address: str, clients: int, max_tokens: int) -> tuple[list[Answer], float]:
+    """So many clients ask at once; returns their answers and the seconds until the last one."""
+    async with connected(address) as client:
+        began = time.monotonic()
+        answers = await asyncio.gather(*(ask(client, key, PROMPT, max_tokens) for key in range(clients)))
+        return answers, time.monotonic() - began
+
+
+async def one_after_the_other(address: str, requests: int) -> None:
+    async with connected(address) as client:
+        for i in range(0, requests, 25):
+            await asyncio.gather(*(ask(client, n, f"{n}: {'word ' * (n % 40)}", 8) for n in range(i, i + 25)))
+
+
+async def leave(address: str, streams: bool) -> None:
+    """Ask for a long answer and hang up once the model works on it."""
+    async with connected(address) as client:
+        body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1000, "stream": streams}
+        task = asyncio.create_task(client.send(client.build_request("POST", URL, json=body), stream=True))
+        while not (await client.get("/health")).json()["running"]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        if task.done():
+            await task.result().aclose()
+        task.cancel()
+
+
+async def attack(address: str) -> dict[str, int]:
+    async with connected(address) as client:
+        headers = {"Content-Type": "application/json"}
+        sent = await asyncio.gather(*(client.post(URL, content=body, headers=headers) for body in HOSTILE.values()))
+        return {name: response.status_code for name, response in zip(HOSTILE, sent, strict=True)}
+
+
+def connected(address: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", type=Path, default=MODELS, help=f"folder of exported models (default: {MODELS})")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 128], help="how many ask at once")
+    parser.add_argument("--tokens", type=int, default=64, help="length of their answers (default: 64)")
+    chosen = parser.parse_args()
+    with chat_server(chosen.models) as (address, process):
+
+        def memory() -> float:
+            return psutil.Process(process.pid).memory_info().rss / 2**20
+
+        asyncio.run(at_once(address, 1, 8))  # warm
+        print(
+            "| clients at once | answered | told busy | tokens/s in all | first word, s (median, last) | all done, s |"
+        )
+        print("| --- | --- | --- | --- | --- | --- |")
+        for clients in chosen.clients:
+            answers, seconds = asyncio.run(at_once(address, clients, chosen.tokens))
+            good = [answer for answer in answers if answer.status == 200]
+            busy = sum(answer.status == 429 for answer in answers)
+            first = [answer.first for answer in good]
+            speed = sum(answer.tokens for answer in good) / seconds
+            waits = f"{statistics.median(first):.1f}, {max(first):.1f}"
+            print(f"| {clients} | {len(good)} | {busy} | {speed:.0f} | {waits} | {seconds:.1f} |", flush=True)
+        freed = []
+        for n in range(20):
+            asyncio.run(leave(address, streams=n % 2 == 0))
+            freed.append(wait_until(lambda: idle(address)))
+        print(f"\n20 clients that hung up: the model was free after {max(freed):.2f} s at most")
+        print(
+            "Hostile requests: "
+            + ", ".join(f"{name}: {status}" for name, status in asyncio.run(attack(address)).items())
+        )
+        asyncio.run(one_after_the_other(address, 100))
+        before = memory()
+        asyncio.run(one_after_the_other(address, 500))
+        print(f"Memory: {before:.0f} MiB before 500 requests, {memory():.0f} MiB after them")
+
+
+if __name__ == "__main__":
+    main()
