@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 NAME ?=
+PORT ?= 7860
 
 # Stages are run as plain `python`, also in folders of queued experiments: the environment comes first on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -20,7 +21,7 @@ endef
 export LEND_IDENTITY
 
 .DEFAULT_GOAL := help
-.PHONY: help all test test-fast lint plan recipe status clean lock setup
+.PHONY: help all serve test test-fast lint recipe status clean lock setup plan
 
 help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -28,6 +29,9 @@ help:  ## Print this help.
 all: setup  ## Set up, run every stage whose inputs changed, and print a summary.
 	@$(PY) -m dvc repro
 	@$(PY) -m stages.summary
+
+serve: setup  ## Serve the chat page and an OpenAI-style API on loopback: make serve PORT=7860
+	@$(PY) space/app.py --models models/onnx --port $(PORT)
 
 test: setup  ## Set up and run all tests.
 	@$(PY) -m pytest

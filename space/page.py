@@ -12,6 +12,7 @@ from fair_queue import FairQueue
 from follow import AT_ONCE
 from settings import settings_panel
 
+MOST_SESSIONS = 1000  # whose state Gradio keeps, some 40 KB each; the oldest go first
 STYLE = Path(__file__).with_name("page.css")
 # Fonts that are on the reader's machine: nothing is fetched.
 THEME = gr.themes.Soft(
@@ -44,5 +45,6 @@ def chat_page(engines: Mapping[str, Engine], queue: FairQueue) -> gr.Blocks:
             view.select(lambda: gr.update(visible=True), None, panel, **AT_ONCE)
         about_tab.select(lambda: gr.update(visible=False), None, panel, **AT_ONCE)
     # The line before the model is ours; Gradio's own queue only bounds how many may look at it.
+    page.state_session_capacity = MOST_SESSIONS
     page.queue(api_open=False, default_concurrency_limit=None, max_size=4 * queue.places)
     return page

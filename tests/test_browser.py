@@ -4,7 +4,6 @@ Each test leaves screenshots in its temporary folder (`pytest --basetemp=… ` c
 """
 
 import re
-import shutil
 import time
 
 import httpx
@@ -12,9 +11,10 @@ import pytest
 from serving import Paced, served
 
 from bench.chat_server import idle, wait_until
+from bench.screenshots import chromium
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = chromium()
 WAIT = 30_000  # milliseconds, on a busy machine
 
 

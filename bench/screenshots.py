@@ -1,0 +1,75 @@
+"""Take the screenshots that README.md shows, docs/compare.png and docs/phone.png, with the exported models.
+
+Needs Chromium on PATH. Run: `python -m bench.screenshots`
+"""
+
+import shutil
+import sys
+from typing import Any
+
+from bench.chat_server import ROOT, chat_server
+
+MODELS = ROOT / "models/onnx"
+DOCS = ROOT / "docs"
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1180, "height": 760}}
+PHONE: dict[str, Any] = {
+    "viewport": {"width": 390, "height": 760},
+    "color_scheme": "dark",
+    "is_mobile": True,
+    "has_touch": True,
+}
+LONGEST_ANSWER = 300_000  # milliseconds
+COMPARED = "My laptop is slow. What should I do first?"
+CHATTED = "How do I boil an egg so that the yolk stays soft?"
+
+
+def chromium() -> str | None:
+    """The path of the system's Chromium, if there is one; Playwright's own need not be downloaded."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def settle(page: Any, tokens: int) -> None:
+    """Greedy answers of a length that fits the picture: the same at each run."""
+    page.get_by_role("button", name="Settings").click()
+    for label, value in (("Temperature", 0), ("Max tokens", tokens)):
+        field = page.get_by_role("spinbutton", name=label)
+        field.fill(str(value))
+        field.press("Tab")
+    page.get_by_role("button", name="Settings").click()
+
+
+def answered(page: Any, box: str, prompt: str) -> None:
+    """Ask, and wait until the answer is complete."""
+    page.locator(f"#{box} textarea").fill(prompt)
+    page.locator(f"#{box} textarea").press("Enter")
+    page.locator(f"#{box}").get_by_role("button", name="Stop").wait_for()
+    page.locator(f"#{box}").get_by_role("button", name="Send").wait_for(timeout=LONGEST_ANSWER)
+    page.wait_for_timeout(500)  # until it has scrolled
+
+
+def main() -> None:
+    from playwright.sync_api import sync_playwright
+
+    if (executable := chromium()) is None:
+        sys.exit("error: no chromium on PATH. Install it (Debian: apt-get install chromium).")
+    DOCS.mkdir(exist_ok=True)
+    with chat_server(MODELS) as (address, _), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_context(**DESKTOP).new_page()
+        page.goto(address)
+        settle(page, 80)
+        page.get_by_role("tab", name="Compare").click()
+        answered(page, "compare-box", COMPARED)
+        page.screenshot(path=DOCS / "compare.png")
+        page = browser.new_context(**PHONE).new_page()
+        page.goto(address)
+        settle(page, 72)
+        answered(page, "chat-box", CHATTED)
+        page.screenshot(path=DOCS / "phone.png")
+        browser.close()
+    print(f"{DOCS / 'compare.png'} and {DOCS / 'phone.png'} are new: look at them")
+
+
+if __name__ == "__main__":
+    main()
