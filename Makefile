@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 NAME ?=
 PORT ?= 7860
+SPACE ?=
+DRY ?=
 
 # Stages are run as plain `python`, also in folders of queued experiments: the environment comes first on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -21,7 +23,7 @@ endef
 export LEND_IDENTITY
 
 .DEFAULT_GOAL := help
-.PHONY: help all serve test test-fast lint recipe status clean lock setup plan
+.PHONY: help all serve chat space deploy test test-fast lint recipe status clean lock setup plan
 
 help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -32,6 +34,15 @@ all: setup  ## Set up, run every stage whose inputs changed, and print a summary
 
 serve: setup  ## Serve the chat page and an OpenAI-style API on loopback: make serve PORT=7860
 	@$(PY) space/app.py --models models/onnx --port $(PORT)
+
+chat: setup  ## Chat with the exported model in the terminal.
+	@$(PY) space/chat.py --model models/onnx/tuned
+
+space: setup  ## Put the chat app together as a Hugging Face Space, in build/space/.
+	@$(PY) -m stages.space
+
+deploy: setup  ## Publish model and Space (DRY=1 only lists): make deploy SPACE=user/name
+	@$(PY) -m stages.deploy "$(SPACE)" $(if $(DRY),--dry)
 
 test: setup  ## Set up and run all tests.
 	@$(PY) -m pytest

@@ -21,7 +21,7 @@ import pandas as pd
 
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
 from stages.common.errors import StageError, run_stage
-from stages.common.models import load_model, load_tokenizer
+from stages.common.models import load_config, load_model, load_tokenizer
 from stages.common.params import load_params
 from stages.common.scoring import score
 
@@ -48,8 +48,11 @@ def matmul_name(layer: int, name: str) -> str:
     return f"/model/layers.{layer}/{'attn' if name in ('qkv_proj', 'o_proj') else 'mlp'}/{name}/MatMul"
 
 
-def quantisation(params: SimpleNamespace, layers: int) -> dict[str, Any]:
-    """The builder's description of how weights are quantised, for a model of so many layers."""
+def quantisation(params: SimpleNamespace, layers: int, tied: bool) -> dict[str, Any]:
+    """The builder's description of how weights are quantised, for a model of so many layers.
+
+    `tied`: its input and output embeddings are one matrix, which is then stored once.
+    """
     kept = params.export_int8_layers if params.export_precision == "int4" else []
     names = dict.fromkeys(matmul_name(layer, name) for name in kept for layer in range(layers))
     return {
@@ -60,6 +63,7 @@ def quantisation(params: SimpleNamespace, layers: int) -> dict[str, Any]:
             "block_size": params.export_block_size,
             "symmetric": params.export_symmetric,
             "accuracy_level": params.export_accuracy_level,
+            "op_types": ["MatMul", "Gather"] if tied and params.export_precision == "int4" else ["MatMul"],
             "overrides": [{"match": {"name": name}, "type": "int8"} for name in names],
         },
     }
@@ -72,8 +76,8 @@ def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
     """
     options = []
     if params.export_precision in ("int4", "int8"):
-        layers = read_json(source / "config.json")["num_hidden_layers"]
-        config = {"quant_config": quantisation(params, layers)}
+        model = load_config(source)
+        config = {"quant_config": quantisation(params, model.num_hidden_layers, model.tie_word_embeddings)}
         options = ["--builder_config_version", "2", "--target_options", json.dumps(config)]
     with tempfile.TemporaryDirectory() as cache:
         command = ["-m", "onnxruntime_genai.models.builder", "-m", "model", "-i", str(source), "-o", str(folder)]

@@ -1,4 +1,4 @@
-"""Exporting: the exported model is the merged one, Phi or Llama; every parameter counts; a bound that is passed fails."""
+"""Exporting: the exported model is the merged one, Phi or Llama; parameters count; a bound that is passed fails."""
 
 from types import SimpleNamespace
 
@@ -97,7 +97,7 @@ def test_a_layer_that_the_model_has_not_is_one_line(tiny_phi, tmp_path, monkeypa
 
 def test_int8_layers_are_named_in_every_layer_and_only_for_int4(monkeypatch):
     params = export_params(monkeypatch, export_int8_layers=["qkv_proj", "fc1", "lm_head"])
-    weights = quantisation(params, 2)["weights"]
+    weights = quantisation(params, 2, True)["weights"]
     assert [override["match"]["name"] for override in weights["overrides"]] == [
         "/model/layers.0/attn/qkv_proj/MatMul",
         "/model/layers.1/attn/qkv_proj/MatMul",
@@ -105,7 +105,7 @@ def test_int8_layers_are_named_in_every_layer_and_only_for_int4(monkeypatch):
         "/model/layers.1/mlp/fc1/MatMul",
         matmul_name(0, "lm_head"),
     ]
-    assert quantisation(export_params(monkeypatch, export_precision="int8"), 2)["weights"]["overrides"] == []
+    assert quantisation(export_params(monkeypatch, export_precision="int8"), 2, True)["weights"]["overrides"] == []
 
 
 def test_the_bound():

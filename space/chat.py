@@ -1,0 +1,114 @@
+"""Chat with an exported model in the terminal. Run: `make chat`; anywhere else: `python chat.py --model model/tuned`.
+
+Answers stream; Ctrl-C stops one. /reset forgets the conversation, /system TEXT begins another with that system
+message, /help lists this, /quit (or Ctrl-D) ends it.
+"""
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from engine import Chunk, Engine, Sampling
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit ends. Ctrl-C stops an answer."
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="chat.py", description=(__doc__ or "").partition("\n")[0])
+    folder = Path(__file__).parent / "model/tuned"
+    parser.add_argument("--model", type=Path, default=folder, help="folder of one exported model")
+    parser.add_argument("--max-tokens", type=int, default=Sampling.max_tokens, help="tokens of an answer at most")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
+    parser.add_argument("--seed", type=int, help="the same answers each time")
+    return parser.parse_args(arguments)
+
+
+def speed(chunk: Chunk, seconds: float) -> str:
+    """What is said below an answer."""
+    notes = [f"{chunk.tokens} tokens, {chunk.tokens / max(seconds, 1e-9):.0f} a second"]
+    if chunk.reused_tokens:
+        notes.append(f"{chunk.reused_tokens} of {chunk.prompt_tokens} prompt tokens from the cache")
+    if chunk.dropped_turns:
+        notes.append(f"the oldest {chunk.dropped_turns} turn(s) no longer fit and were left out")
+    if chunk.finish_reason == "length":
+        notes.append("cut at --max-tokens or the end of the context")
+    if chunk.finish_reason == "cancelled":
+        notes.append("stopped")
+    return f"[{'; '.join(notes)}]"
+
+
+def say(engine: Engine, messages: list[dict[str, str]], sampling: Sampling) -> str:
+    """Print the answer as it comes, and what it took; return it."""
+    cancel, answer, began = threading.Event(), "", 0.0
+    chunks = engine.stream(messages, sampling, cancel)
+    # Ctrl-C only asks the engine to stop, so that it ends at a whole token.
+    before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
+    try:
+        for chunk in chunks:
+            began = began or time.monotonic()
+            answer += chunk.text
+            print(chunk.text, end="", flush=True)
+            if chunk.finish_reason:
+                print(f"\n{speed(chunk, time.monotonic() - began)}\n", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return answer
+
+
+def converse(engine: Engine, sampling: Sampling, system: str) -> None:
+    """Read questions from standard input until it ends."""
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D ends)")
+            continue
+        except EOFError:
+            print()
+            return
+        command, _, rest = question.partition(" ")
+        match command:
+            case "":
+                continue
+            case "/quit":
+                return
+            case "/reset":
+                history = []
+                print("The conversation is forgotten.")
+            case "/system":
+                history, system = [], rest
+                print("A new conversation, with this system message." if rest else "… without a system message.")
+            case _ if command.startswith("/"):
+                print(HELP)
+            case _:
+                asked = [*history, {"role": "user", "content": question}]
+                first = [{"role": "system", "content": system}] if system else []
+                try:
+                    answer = say(engine, first + asked, sampling)
+                except ValueError as error:
+                    print(f"error: {error}")
+                    continue
+                history = [*asked, {"role": "assistant", "content": answer}]
+
+
+def main() -> None:
+    chosen = options()
+    try:
+        sampling = Sampling(chosen.max_tokens, chosen.temperature, chosen.top_p, seed=chosen.seed)
+        engine = Engine(chosen.model)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}. Run `make all` to export one.")
+    source = (engine.card.get("base_model") or {}).get("source", "")
+    print(f"{engine.card.get('name', chosen.model.name)} {source}\n{HELP}\n")
+    converse(engine, sampling, engine.card.get("system_prompt") or "")
+
+
+if __name__ == "__main__":
+    main()
