@@ -109,9 +109,9 @@ class Exported:
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Logits of shape (tokens, vocabulary): at each position, for the token after it."""
-        params = self._og.GeneratorParams(self._model)
-        params.set_search_options(max_length=len(ids) + 1, batch_size=1)
-        generator = self._og.Generator(self._model, params)
+        settings = self._og.GeneratorParams(self._model)
+        settings.set_search_options(max_length=len(ids) + 1, batch_size=1)
+        generator = self._og.Generator(self._model, settings)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         logits: np.ndarray = generator.get_output("logits")[0]
         return logits

@@ -50,6 +50,15 @@ def table(metrics: dict) -> list[str]:
     return lines
 
 
+def exported(report: dict) -> str:
+    """The line about the exported model."""
+    tuned = report["tuned"]
+    return (
+        f"For CPUs: models/onnx/, {report['precision']}, {tuned['bytes'] / 1e6:.0f} MB, perplexity "
+        f"{tuned['perplexity']:.2f} ({tuned['perplexity_increase']:+.1%}). Chat with it: make serve, or make chat"
+    )
+
+
 def one_sample(page: str) -> list[str]:
     """The first prompt of samples.md answered differently, with both answers, wrapped for a terminal."""
     samples = [sample.split("**tuned**") for sample in page.split("\n## ")[1:]]
@@ -70,8 +79,9 @@ def main() -> None:
     print("\n".join(table(metrics)))
     print("\nOne answer side by side:\n")
     print("\n".join(one_sample((REPORTS / "samples.md").read_text(encoding="utf-8"))))
+    print(f"\n{exported(read_json(REPORTS / 'export.json'))}")
     print(
-        "\nThe model: models/merged/ (its card: README.md there). More answers: reports/samples.md."
+        "The model: models/merged/ (its card: README.md there). More answers: reports/samples.md."
         "\nAll figures: reports/metrics.json. The loss curve: dvc plots show. Another try: dvc exp run -S max_steps=24"
     )
 

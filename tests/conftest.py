@@ -180,8 +180,17 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        tracked = ["Makefile", "dvc.yaml", ".dvcignore", ".gitignore", "README.md", "requirements.lock"]
-        for name in (*tracked, "stages", "recipes", "data/sample", "data/local", "models/README.md", ".dvc/config"):
+        tracked = ["Makefile", "dvc.yaml", ".dvcignore", ".gitignore", "LICENSE", "README.md", "requirements.lock"]
+        for name in (
+            *tracked,
+            "stages",
+            "space",
+            "recipes",
+            "data/sample",
+            "data/local",
+            "models/README.md",
+            ".dvc/config",
+        ):
             source, target = ROOT / name, folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():

@@ -1,5 +1,6 @@
-"""A Hugging Face hub on loopback: repositories served from folders, with the faults a real network has."""
+"""A Hugging Face hub on loopback: repositories served from folders and written to, with a real network's faults."""
 
+import base64
 import hashlib
 import json
 import re
@@ -11,10 +12,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 # kind/owner/name: how the hub's addresses name a repository; models have no prefix outside /api.
-TREE = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)")
-INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
-PATHS_INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)")
-RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+TREE = re.compile(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)")
+INFO = re.compile(r"/api/(models|datasets|spaces)/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
+PATHS_INFO = re.compile(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/paths-info/([^/]+)")
+RESOLVE = re.compile(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+PREUPLOAD = re.compile(r"/api/(models|spaces)/([^/]+/[^/]+)/preupload/main")
+COMMIT = re.compile(r"/api/(models|spaces)/([^/]+/[^/]+)/commit/main")
+BATCH = re.compile(r"/(?:(spaces)/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+BLOB = re.compile(r"/lfs/([0-9a-f]{64})")
 
 
 class Hub:
@@ -26,6 +31,10 @@ class Hub:
         self.faults: Counter[str] = Counter()  # "503" or "cut": how often yet
         self.requests: list[str] = []
         self.address = ""
+        self.storage = Path()  # where repositories that clients make are kept
+        self.users: dict[str, str] = {}  # token -> who it belongs to; one may write only to repositories of one's own
+        self.blobs: dict[str, bytes] = {}  # LFS objects, by SHA-256
+        self.commits = 0
 
     def add(self, kind: str, name: str, commit: str, folder: Path) -> None:
         self.repositories[kind, name] = (commit, folder)
@@ -40,6 +49,16 @@ class Hub:
 
 def etag(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def git_oid(path: Path) -> str:
+    """A file's id as git names it."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def is_lfs(name: str) -> bool:
+    return name.endswith((".safetensors", ".data", ".parquet"))
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -88,6 +107,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(f"{self.command} {path}")
             if hub.take_fault("503"):
                 self.reply(503, {"error": "busy"})
+            elif path == "/api/whoami-v2":
+                user = self.user()
+                self.reply(200, {"name": user, "type": "user"}) if user else self.reply(401, {"error": "no token"})
             elif match := TREE.fullmatch(path):
                 if found := self.repository(match[1], match[2], match[3]):
                     inside = self.entries(found[1], match[4], "recursive=true" in self.path.lower())
@@ -109,7 +131,106 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             else:
                 self.reply(404, {"error": path})
 
-        do_HEAD = do_POST = do_GET
+        do_HEAD = do_GET
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            data = b""
+            while size := int(self.rfile.readline(), 16):
+                data += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return data
+
+        def user(self) -> str | None:
+            return hub.users.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if PATHS_INFO.fullmatch(path):
+                self.do_GET()
+                return
+            hub.requests.append(f"{self.command} {path}")
+            body = self.body()
+            user = self.user()
+            if path == "/api/validate-yaml":
+                self.reply(200, {"errors": [], "warnings": []})
+            elif user is None:
+                self.reply(401, {"error": "Invalid credentials"})
+            elif path == "/api/repos/create":
+                asked = json.loads(body)
+                self.create(user, f"{asked.get('type', 'model')}s", f"{asked['organization'] or user}/{asked['name']}")
+            elif match := PREUPLOAD.fullmatch(path) or COMMIT.fullmatch(path) or BATCH.fullmatch(path):
+                kind, name = match[1] or "models", match[2]
+                if not name.startswith(f"{user}/"):
+                    self.reply(403, {"error": "no rights"})
+                elif (kind, name) not in hub.repositories:
+                    self.reply(404, {}, X_Error_Code="RepoNotFound")
+                elif match.re is PREUPLOAD:
+                    self.preupload(hub.repositories[kind, name][1], json.loads(body))
+                elif match.re is BATCH:
+                    self.batch(json.loads(body))
+                else:
+                    self.commit(kind, name, [json.loads(line) for line in body.splitlines()])
+            else:
+                self.reply(404, {"error": path})
+
+        def create(self, user: str, kind: str, name: str) -> None:
+            if not name.startswith(f"{user}/"):
+                self.reply(403, {"error": "no rights"})
+                return
+            there = (kind, name) in hub.repositories
+            if not there:
+                folder = hub.storage / kind / name
+                folder.mkdir(parents=True)
+                hub.add(kind, name, "0" * 40, folder)
+            self.reply(409 if there else 200, {"url": f"{hub.address}/{name}", "name": name, "id": name})
+
+        def preupload(self, folder: Path, asked: dict) -> None:
+            files = []
+            for name in (file["path"] for file in asked["files"]):
+                mode, path = "lfs" if is_lfs(name) else "regular", folder / name
+                oid = (etag(path) if mode == "lfs" else git_oid(path)) if path.is_file() else None
+                files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            self.reply(200, {"files": files})
+
+        def batch(self, asked: dict) -> None:
+            objects = []
+            for wanted in asked["objects"]:
+                upload = {"upload": {"href": f"{hub.address}/lfs/{wanted['oid']}", "header": {}}}
+                objects.append({**wanted, **({} if wanted["oid"] in hub.blobs else {"actions": upload})})
+            self.reply(200, {"transfer": "basic", "objects": objects})
+
+        def do_PUT(self) -> None:
+            hub.requests.append(f"{self.command} {self.path}")
+            data = self.body()
+            match = BLOB.fullmatch(self.path)
+            if match is None or hashlib.sha256(data).hexdigest() != match[1]:
+                self.reply(400, {"error": "not what it says"})
+            elif hub.take_fault("cut upload"):
+                self.close_connection = True
+                self.connection.close()
+            else:
+                hub.blobs[match[1]] = data
+                self.reply(200, {})
+
+        def commit(self, kind: str, name: str, lines: list[dict]) -> None:
+            folder = hub.repositories[kind, name][1]
+            for line in lines[1:]:
+                path = folder / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                match line["key"]:
+                    case "file":
+                        path.write_bytes(base64.b64decode(line["value"]["content"]))
+                    case "lfsFile":
+                        path.write_bytes(hub.blobs[line["value"]["oid"]])
+                    case "deletedFile":
+                        path.unlink()
+            hub.commits += 1
+            sha = f"{hub.commits:040x}"
+            hub.add(kind, name, sha, folder)
+            self.reply(200, {"success": True, "commitOid": sha, "commitUrl": f"{hub.address}/{name}/commit/{sha}"})
 
         def send_file(self, commit: str, path: Path) -> None:
             if not path.is_file():

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from stages.common.errors import StageError
 from stages.common.params import Params, declared_keys, read_params
 
-STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate"]
+STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate", "export"]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 DVC_YAML = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 
@@ -232,6 +232,16 @@ ANOTHER = {
         "sample_prompts": ["Hello?"],
         "stop_prompts": 1,
         "max_new_tokens": 4,
+    },
+    "export": {
+        "export_precision": "fp32",
+        "export_method": "k_quant",
+        "export_block_size": 64,
+        "export_symmetric": True,
+        "export_accuracy_level": 1,
+        "export_int8_layers": [],
+        "export_max_perplexity_increase": 0.5,
+        "export_base": False,
     },
 }
 

@@ -17,7 +17,7 @@ def stages_run(result) -> list[str]:
 
 
 MADE = ["reports/metrics.json", "reports/samples.md", "reports/loss/train.csv", "models/adapter/training.json"]
-STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate"]
+STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate", "export"]
 
 
 def test_repro_experiments_and_refusals(tiny_project):
@@ -42,7 +42,7 @@ def test_repro_experiments_and_refusals(tiny_project):
 
     # An experiment reruns train and what follows, and is listed, by a user without a git identity.
     experiment = tiny_project.run("dvc", "exp", "run", "--name", "slower", "-S", "learning_rate=1e-5")
-    assert stages_run(experiment) == ["train", "merge", "evaluate"]
+    assert stages_run(experiment) == ["train", "merge", "evaluate", "export"]
     adapter = json.loads((folder / "models/adapter/training.json").read_text())
     assert adapter["params"]["learning_rate"] == 0.00001
     rows = list(csv.DictReader(tiny_project.run("dvc", "exp", "show", "--csv").stdout.splitlines()))
