@@ -1,7 +1,7 @@
 """What ways to quantise the exported model cost: perplexity on the held-out answers, and size.
 
-Exports models/merged/ in each way into a temporary folder, as the export stage does. Run: `python -m bench.quantisation`
-(about 1 minute a way)
+Exports models/merged/ in each way into a temporary folder, as the export stage does.
+Run: `python -m bench.quantisation` (about 1 minute a way)
 """
 
 import tempfile
@@ -35,7 +35,8 @@ def main() -> None:
     pad = load_tokenizer(MERGED).pad_token_id
     before = perplexity(score(load_model(MERGED, torch.float32), rows, BATCH, pad))
     print(
-        f"merged: perplexity {before:.2f}\n\n| way | 8-bit layers | perplexity | | MB |\n| --- | --- | --- | --- | --- |"
+        f"merged: perplexity {before:.2f}\n\n"
+        "| way | 8-bit layers | perplexity | | MB |\n| --- | --- | --- | --- | --- |"
     )
     for precision, method, block_size, symmetric, int8_layers in WAYS:
         params = SimpleNamespace(

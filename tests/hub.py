@@ -113,7 +113,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif match := TREE.fullmatch(path):
                 if found := self.repository(match[1], match[2], match[3]):
                     inside = self.entries(found[1], match[4], "recursive=true" in self.path.lower())
-                    self.reply(200, inside) if inside else self.reply(404, {}, X_Error_Code="EntryNotFound")
+                    there = inside or not match[4]  # also an empty repository has a root
+                    self.reply(200, inside) if there else self.reply(404, {}, X_Error_Code="EntryNotFound")
             elif match := PATHS_INFO.fullmatch(path):
                 length = int(self.headers.get("Content-Length") or 0)
                 asked = self.rfile.read(length).decode()
