@@ -127,10 +127,11 @@ def main() -> None:
             "Hostile requests: "
             + ", ".join(f"{name}: {status}" for name, status in asyncio.run(attack(address)).items())
         )
-        asyncio.run(one_after_the_other(address, 100))
-        before = memory()
-        asyncio.run(one_after_the_other(address, 500))
-        print(f"Memory: {before:.0f} MiB before 500 requests, {memory():.0f} MiB after them")
+        print("Memory, MiB: " + f"{memory():.0f} so far", end="", flush=True)
+        for _ in range(2):  # by the end of the first, the engine's prompt cache is full
+            asyncio.run(one_after_the_other(address, 500))
+            print(f", {memory():.0f} after 500 requests more", end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

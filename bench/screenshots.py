@@ -64,7 +64,7 @@ def main() -> None:
         page.screenshot(path=DOCS / "compare.png")
         page = browser.new_context(**PHONE).new_page()
         page.goto(address)
-        settle(page, 72)
+        settle(page, 56)
         answered(page, "chat-box", CHATTED)
         page.screenshot(path=DOCS / "phone.png")
         browser.close()
