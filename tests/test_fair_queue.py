@@ -67,17 +67,29 @@ def test_an_address_with_many_sessions_has_no_more_turns_than_another():
     assert order_of([*sessions, sessions[0], Client("b"), Client("b")]) == ["a0", "b", "a1", "b", "a2", "a0"]
 
 
-def test_who_comes_again_and_again_does_not_pass_who_waits():
+def test_newcomers_do_not_pass_who_waits_longer():
     async def scenario():
-        queue, gate = FairQueue(), Gate()
-        patient = [queue.join(Client("a"), gate.work("a")) for _ in range(3)]
-        gate.open.set()
-        for _ in range(4):  # each time a newcomer, as the line knows it
-            await drained(queue.join(Client("b"), gate.work("b")))
-        await asyncio.gather(*(drained(job) for job in patient))
-        return gate.order
+        queue, order, permits = FairQueue(), [], threading.Semaphore(0)
 
-    assert run(scenario())[:5] == ["a", "b", "a", "b", "a"]
+        def work(name: str):
+            def run(cancel: threading.Event):
+                order.append(name)
+                permits.acquire()
+                yield name
+
+            return run
+
+        jobs = [queue.join(Client("a"), work("a")) for _ in range(3)]
+        for i in range(3):  # one newcomer before each turn
+            jobs.append(queue.join(Client(f"b{i}"), work(f"b{i}")))
+            permits.release()
+            while len(order) < i + 2:
+                await asyncio.sleep(0.005)
+        permits.release(len(jobs))
+        await asyncio.gather(*(drained(job) for job in jobs))
+        return order
+
+    assert run(scenario()) == ["a", "b0", "a", "b1", "b2", "a"]
 
 
 def test_a_full_line_refuses_and_says_when_to_come_again():
