@@ -25,9 +25,9 @@ def title(card: Card) -> str:
 
 
 def subtitle(card: Card) -> str:
-    data = (card.get("dataset") or {}).get("source")
+    data = " and ".join(_short(dataset["source"]) for dataset in card.get("datasets") or [])
     parts = [
-        f"Fine-tuned by QLoRA on {_short(data)}" if data else "A language model",
+        f"Fine-tuned by QLoRA on {data}" if data else "A language model",
         f"{card['export']['export_precision']} on a CPU" if card.get("export") else "on a CPU",
         "check what it says",
     ]
@@ -68,8 +68,9 @@ def _measured(cards: Mapping[str, Card]) -> str:
 def _origin(card: Card) -> dict[str, str]:
     training = card.get("training") or {}
     origin: dict[str, str] = {}
-    for label, key in (("Base model", "base_model"), ("Data", "dataset")):
-        source = card.get(key) or {}
+    datasets = card.get("datasets") or []
+    names = ["Data"] if len(datasets) == 1 else [f"Data {number}" for number in range(1, len(datasets) + 1)]
+    for label, source in [("Base model", card.get("base_model") or {}), *zip(names, datasets, strict=True)]:
         if source:
             origin[label] = _code(source.get("source"))
             origin[f"{label}: version"] = _code(source.get("revision") or "as in the project's repository")

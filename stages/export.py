@@ -202,7 +202,7 @@ def card(name: str, params: SimpleNamespace, quality: dict[str, Any], rows: pd.D
     return {
         "name": name,
         "base_model": read_json(SOURCES["base"] / "source.json"),
-        "dataset": read_json(DATA_SOURCE) if name == "tuned" else None,
+        "datasets": read_json(DATA_SOURCE) if name == "tuned" else [],
         "training": training if name == "tuned" else None,
         "system_prompt": training["params"]["system_prompt"],
         "export": vars(params),

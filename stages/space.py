@@ -40,10 +40,15 @@ def gradio_version(requirements: str) -> str:
 
 def space_card(card: dict[str, Any], gradio: str, commit: str, model_repository: str | None) -> str:
     """The Markdown of the Space's README, with the front matter that the hub reads; `card` is the tuned model's."""
-    base, data, quality = card["base_model"], card["dataset"], card["quality"]
+    base, quality = card["base_model"], card["quality"]
     on_hub = [source for source in (model_repository, base["source"]) if source and ":" not in source]
     models = "models:\n" + "".join(f"- {name}\n" for name in on_hub) if on_hub else ""
-    datasets = f"datasets:\n- {data['source']}\n" if ":" not in data["source"] else ""
+    repositories = ["/".join(d["source"].split("/")[:2]) for d in card["datasets"] if ":" not in d["source"]]
+    datasets = "datasets:\n" + "".join(f"- {name}\n" for name in dict.fromkeys(repositories)) if repositories else ""
+    data = "; ".join(
+        f"`{d['source']}`{' at `' + d['revision'] + '`' if d['revision'] else ''}, licence {d['license'] or 'not stated'}"
+        for d in card["datasets"]
+    )
     steps = card["training"]["params"]["max_steps"]
     return f"""---
 title: QLoRA chat
@@ -65,9 +70,7 @@ A chat page and an OpenAI-style API for a language model that was fine-tuned by 
 | | |
 | --- | --- |
 | Base model | `{base["source"]}` at `{base["revision"]}`, licence {base["license"] or "not stated"} |
-| Data | `{data["source"]}`{f" at `{data['revision']}`" if data["revision"] else ""}, licence {
-        data["license"] or "not stated"
-    } |
+| Data | {data} |
 | Training | {steps} steps on {card["training"]["train_conversations"]} conversations |
 | Export | {card["export"]["export_precision"]}, perplexity {quality["perplexity"]:.2f} on held-out answers \
 ({quality["perplexity_before"]:.2f} before the export) |

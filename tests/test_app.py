@@ -161,7 +161,7 @@ def test_a_card_shows_what_it_holds_and_nothing_else():
     card = {
         "name": "tuned",
         "base_model": {"source": "microsoft/phi-2", "revision": "ef38", "license": "mit"},
-        "dataset": {"source": "file:data/sample/oasst_sample.jsonl", "revision": None, "license": "<b>"},
+        "datasets": [{"source": "file:data/sample/oasst_sample.jsonl", "revision": None, "license": "<b>"}],
         "training": {"params": {"lora_r": 16, "languages": ["en", "de"]}, "train_conversations": 3},
         "export": {"export_precision": "int4"},
         "held_out": {"conversations": 2, "supervised_tokens": 9},

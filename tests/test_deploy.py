@@ -14,7 +14,7 @@ from stages.space import gradio_version, space_card
 TOKEN = "hf_secret"
 CARD = {
     "base_model": {"source": "microsoft/phi-2", "revision": "ef38", "license": "mit"},
-    "dataset": {"source": "OpenAssistant/oasst1", "revision": "fdf7", "license": "apache-2.0"},
+    "datasets": [{"source": "OpenAssistant/oasst1", "revision": "fdf7", "license": "apache-2.0"}],
     "training": {"params": {"max_steps": 500}, "train_conversations": 161},
     "export": {"export_precision": "int4"},
     "quality": {"perplexity": 12.345, "perplexity_before": 12.3},

@@ -105,6 +105,7 @@ def test_a_traced_step_holds_what_a_real_one_does(model, request):
     assert traced == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_less_is_planned_for_less(phi2):
     def step(**changes):
         settings = {"target_modules": ["q_proj"], "lora_r": 16, "lora_dropout": 0.05, "batch_size": 4, "tokens": 256}
@@ -170,6 +171,7 @@ def in_the_project(monkeypatch, tmp_path):
     return use
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_embedded_recipe_fits_a_laptop(in_the_project, capsys):
     in_the_project("smollm2-cpu", LAPTOP)
     plan.main()
