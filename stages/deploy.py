@@ -77,9 +77,9 @@ def explained(repository: str) -> Iterator[None]:
         raise StageError(f"{repository}: the hub refused ({first_line(error)}). Run it again to go on.") from None
     except OfflineModeIsEnabled:
         raise StageError("HF_HUB_OFFLINE is set: nothing can be published. Unset it.") from None
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # the last: how the library says that an upload broke
         raise StageError(
-            f"{repository}: the hub cannot be reached ({first_line(error)}). Run it again to go on."
+            f"{repository}: the hub cannot be reached, or was lost ({first_line(error)}). Run it again to go on."
         ) from None
 
 
