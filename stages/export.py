@@ -36,8 +36,8 @@ ONNX = Path("models/onnx")
 REPORT = Path("reports/export.json")
 
 # Greedy answers on which merged and exported model are compared, token by token.
-ANSWERS = 16
-ANSWER_TOKENS = 64
+ANSWERS = 8
+ANSWER_TOKENS = 32
 BATCH = 8
 
 
@@ -175,7 +175,7 @@ def check_loss(increase: float, most: float) -> None:
 
 
 def measure(source: Path, folder: Path, tokenizer: "PreTrainedTokenizerBase", rows: pd.DataFrame) -> dict[str, Any]:
-    """What the export of `source` into `folder` cost, on the held-out tokens and on greedy answers."""
+    """What the export of `source` into `folder` cost: on the held-out tokens, and on greedy answers of `source`."""
     import torch
 
     exported = Exported(folder)
