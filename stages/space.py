@@ -46,7 +46,8 @@ def space_card(card: dict[str, Any], gradio: str, commit: str, model_repository:
     repositories = ["/".join(d["source"].split("/")[:2]) for d in card["datasets"] if ":" not in d["source"]]
     datasets = "datasets:\n" + "".join(f"- {name}\n" for name in dict.fromkeys(repositories)) if repositories else ""
     data = "; ".join(
-        f"`{d['source']}`{' at `' + d['revision'] + '`' if d['revision'] else ''}, licence {d['license'] or 'not stated'}"
+        f"`{d['source']}`{' at `' + d['revision'] + '`' if d['revision'] else ''}, "
+        f"licence {d['license'] or 'not stated'}"
         for d in card["datasets"]
     )
     steps = card["training"]["params"]["max_steps"]
