@@ -3,29 +3,24 @@
 It needs nothing but this folder, the packages of its requirements and exported models.
 """
 
+import argparse
 import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from fair_queue import FairQueue
+    from fastapi import FastAPI
 
 # Read by the libraries when they are imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-
-import argparse  # noqa: E402
-import socket  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import AsyncIterator, Mapping  # noqa: E402
-from contextlib import asynccontextmanager  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import gradio as gr  # noqa: E402
-import uvicorn  # noqa: E402
-from engine import Engine  # noqa: E402
-from fair_queue import FairQueue  # noqa: E402
-from fastapi import FastAPI  # noqa: E402
-from limits import Limits  # noqa: E402
-from openai_api import routes  # noqa: E402
-from page import STYLE, THEME, chat_page  # noqa: E402
 
 MODELS = ("tuned", "base")  # the first that is there is the one to chat with
 MOST_CONNECTIONS = 512
@@ -33,19 +28,21 @@ MOST_CONNECTIONS = 512
 PROXIES = ["127.0.0.1", "::1", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
 
 
-def build(engines: Mapping[str, Engine], queue: FairQueue) -> FastAPI:
+def build(engines: Mapping[str, "Engine"], queue: "FairQueue") -> "FastAPI":
     """The ASGI app for these models, by name; the first is the default."""
+    import gradio as gr
+    from fastapi import FastAPI
+    from limits import Limits
+    from openai_api import routes
+    from page import STYLE, THEME, chat_page
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         queue.close()
 
-    no_docs: dict[str, Any] = {
-        "docs_url": None,
-        "redoc_url": None,
-        "openapi_url": None,
-    }  # they load scripts from elsewhere
+    # FastAPI's own pages load scripts from elsewhere.
+    no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(lifespan=lifespan, **no_docs)
     app.add_middleware(Limits)
     app.include_router(routes(engines, queue))
@@ -64,11 +61,13 @@ def build(engines: Mapping[str, Engine], queue: FairQueue) -> FastAPI:
     )
 
 
-def load(folder: Path) -> dict[str, Engine]:
+def load(folder: Path) -> dict[str, "Engine"]:
     """The exported models in `folder`, by name. Raises FileNotFoundError when there is none, or one is damaged."""
     there = [name for name in MODELS if (folder / name).is_dir()]
     if not there:
         raise FileNotFoundError(f"{folder} holds no exported model ({' or '.join(MODELS)})")
+    from engine import Engine
+
     return {name: Engine(folder / name) for name in there}
 
 
@@ -101,6 +100,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
+    if not 0 <= chosen.port <= 65535:
+        sys.exit(f"error: --port {chosen.port}: a port is a number from 0 to 65535")
     try:
         # Before anything slow: a taken port is said at once.
         listener = listen(chosen.host, chosen.port)
@@ -113,6 +114,9 @@ def main() -> None:
         engines = load(chosen.models)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}. Run `make all` to export it.")
+    import uvicorn
+    from fair_queue import FairQueue
+
     app = build(engines, FairQueue(chosen.places, chosen.patience))
     host, port = listener.getsockname()[:2]
     print(f"Chat page: http://{host}:{port}   API: http://{host}:{port}/v1   (Ctrl+C ends it)", flush=True)
