@@ -3,10 +3,9 @@
 Reads data/tokenized/ and models/base/.
 Writes models/adapter/ (LoRA weights, tokenizer, training.json with all that shaped the run) and
 reports/loss/{train,validation}.csv (the loss curves, in nats a supervised token). Checkpoints are kept in
-models/checkpoints/ until the adapter is done: a killed run goes on from the last one. Run: `dvc repro train`
+models/checkpoints/ until the adapter is done: a killed or stopped run goes on from the last one. Run: `dvc repro train`
 """
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import pandas as pd
 
 from stages.common import memory
 from stages.common.artifacts import digest_files, read_json, read_parquet, write_json, write_whole
-from stages.common.errors import StageError, run_stage
+from stages.common.errors import DISK_FULL, StageError, is_disk_full, run_stage
 from stages.common.machine import Machine, this_machine
 from stages.common.models import linear_layers, load_config, load_model, load_tokenizer, quantization_config
 from stages.common.params import load_params
@@ -33,7 +32,7 @@ TOKENIZED = Path("data/tokenized")
 ADAPTER = Path("models/adapter")
 LOSS = Path("reports/loss")
 CHECKPOINTS = Path("models/checkpoints")
-CODE = [Path("stages/train.py"), Path("stages/common/models.py"), Path("stages/common/scoring.py")]
+CODE = [Path("stages") / name for name in ("train.py", "checkpoints.py", "common/models.py", "common/scoring.py")]
 LOCK = Path("requirements.lock")
 
 
@@ -176,7 +175,18 @@ def build_trainer(
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
+    from stages.checkpoints import seal
+
     class Trainer(SFTTrainer):
+        def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+                seal(folder, self._tr_loss.item(), self._globalstep_last_logged)
+            except BaseException as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise StageError(f"{folder}: {DISK_FULL}") if is_disk_full(error) else error
+
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             # Evaluating must not change the training after it: whatever it draws, the random state is put back.
             # It computes in the training's precision, since accelerate has wrapped the model's forward by now.
@@ -252,20 +262,11 @@ def fingerprint(params: SimpleNamespace) -> str:
     return hashlib.sha256(f"{sorted(vars(params).items())} {files}".encode()).hexdigest()[:16]
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder: one whose trainer_state.json, which is written last, can be read."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            found.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            print(f"train: passing over {path}: it was not written to its end", flush=True)
-    return max(found)[1] if found else None
-
-
 def resume(trainer: "SFTTrainer", checkpoint: Path) -> None:
     """Train on from a checkpoint; if its training had reached the end, only load what it had learnt."""
     from transformers import TrainerState
+
+    from stages.checkpoints import RestoreLossSum
 
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step >= trainer.args.max_steps:
@@ -273,10 +274,33 @@ def resume(trainer: "SFTTrainer", checkpoint: Path) -> None:
         trainer.state = state
         return
     trainer.args.eval_on_start = False  # the checkpoint's log has that
+    trainer.add_callback(RestoreLossSum(trainer, checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def train_to_the_end(trainer: "SFTTrainer", checkpoints: Path) -> None:
+    """Train, from the last checkpoint if there is one. Raises StageError when a signal asked for an earlier end."""
+    from stages.checkpoints import StopWhenAsked, last_checkpoint
+
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    with stop.listening():
+        last = last_checkpoint(checkpoints)
+        if last is None:
+            trainer.train()
+        else:
+            print(f"train: going on from {last}", flush=True)
+            resume(trainer, last)
+    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+        raise StageError(
+            f"stopped by {stop.asked} after step {trainer.state.global_step} of {trainer.args.max_steps}, which is saved. "
+            "`dvc repro` goes on from there."
+        )
+
+
 def main() -> None:
+    from stages.checkpoints import only_one, remove_abandoned
+
     params = load_params("train")
     check_machine(params.fp16, params.bf16, params.attn_implementation)
     check_targets(BASE, params.target_modules)
@@ -296,13 +320,9 @@ def main() -> None:
     checkpoints = CHECKPOINTS / fingerprint(params)
     trainer = build_trainer(model, training_arguments(params, checkpoints), train, validation, tokenizer)
     check_logits(model, list(train["input_ids"][train["length"].argmax()]), dtype)
-
-    last = last_checkpoint(checkpoints)
-    if last is None:
-        trainer.train()
-    else:
-        print(f"train: going on from {last}", flush=True)
-        resume(trainer, last)
+    with only_one(CHECKPOINTS):
+        remove_abandoned(CHECKPOINTS, checkpoints.name)
+        train_to_the_end(trainer, checkpoints)
 
     curves = loss_curves(trainer.state.log_history)
     record = {

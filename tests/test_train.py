@@ -22,7 +22,6 @@ from stages.train import (
     check_targets,
     compute_dtype,
     fingerprint,
-    last_checkpoint,
     lora_config,
     loss_curves,
     to_dataset,
@@ -233,16 +232,6 @@ def test_the_finite_check_computes_in_the_training_precision(dtype, tiny_llama, 
         model.get_base_model().model.norm.weight.fill_(float("inf"))
     with pytest.raises(StageError, match="logits are not finite"):
         check_logits(model, [5, 6, 7], dtype)
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path, capsys):
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state:
-            (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert capsys.readouterr().out.count("passing over") == 2
-    assert last_checkpoint(tmp_path / "none") is None
 
 
 def test_targets_that_do_not_fit_name_those_that_do(tiny_phi, tiny_llama):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from stages.common.errors import StageError, first_line
+from stages.common.errors import DISK_FULL, StageError, first_line, is_disk_full
 
 
 @contextmanager
@@ -27,9 +27,9 @@ def write_whole(target: Path) -> Iterator[Path]:
         yield partial
         _remove(target)
         partial.rename(target)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
-            raise StageError(f"{target}: the disk is full. Free some space and run `dvc repro` again.") from error
+    except Exception as error:
+        if is_disk_full(error) and not isinstance(error, StageError):
+            raise StageError(f"{target}: {DISK_FULL}") from error
         raise
     finally:
         _remove(partial)

@@ -1,9 +1,15 @@
 """How a stage fails: one clear line for what a user can mend, a traceback only for a bug of ours."""
 
+import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
+
+
+DISK_FULL = "the disk is full. Free some space and run `dvc repro` again."
 
 
 class StageError(Exception):
@@ -13,6 +19,24 @@ class StageError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception comes from a full disk or quota, also where a library wraps or rewords the system's error."""
+    full = {errno.ENOSPC, errno.EDQUOT}
+    while error is not None:
+        words = str(error)
+        if getattr(error, "errno", None) in full or any(f"os error {n}" in words for n in full):
+            return True
+        # torch's archive writer passes on no reason at all, only where it stopped.
+        if any(w in words for w in ("No space left", "Disk quota exceeded", "enforce fail at inline_container.cc")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def run_stage(main: Callable[[], None], *, network: bool = False) -> None:
@@ -25,9 +49,16 @@ def run_stage(main: Callable[[], None], *, network: bool = False) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|bitsandbytes|peft|transformers|accelerate)")
+    # As Ctrl-C does, SIGTERM lets half-made outputs be cleared away.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except StageError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("error: stopped before the end; no output was touched. `dvc repro` goes on.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        sys.exit(f"error: {DISK_FULL}")

@@ -1,0 +1,114 @@
+"""Checkpoints of a training run: verified before use, bounded in number, written when the run is asked to stop.
+
+They lie in models/checkpoints/FINGERPRINT/checkpoint-STEP/ and are no output of a stage. `stages/train.py` uses them.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from stages.common.artifacts import digest_files, read_json, write_json
+from stages.common.errors import StageError
+
+# Written last: a checkpoint without it was not written to its end.
+SEAL = "seal.json"
+# Runs given up half-way whose checkpoints are kept, for whoever goes back to their parameters.
+ABANDONED_RUNS = 2
+
+
+def content_digest(checkpoint: Path) -> str:
+    return digest_files(sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != SEAL))
+
+
+def seal(checkpoint: Path, loss_sum: float, last_logged: int) -> None:
+    """Close a checkpoint: record what it holds, and the loss summed up since the last logged step.
+
+    The trainer's own state forgets that sum, so that the first point of the curve after a resume would be another.
+    """
+    digest = content_digest(checkpoint)
+    write_json(checkpoint / SEAL, {"sha256": digest, "loss_sum": loss_sum, "last_logged": last_logged})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; a line is printed for each newer one that is not."""
+    numbered = {int(p.name.partition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
+    for _, path in sorted(numbered.items(), reverse=True):
+        try:
+            recorded = read_json(path / SEAL)["sha256"]
+        except (StageError, KeyError, TypeError):
+            print(f"train: passing over {path}: it was not written to its end", flush=True)
+            continue
+        if recorded == content_digest(path):
+            return path
+        print(f"train: passing over {path}: it is damaged, its files are not those that were written", flush=True)
+    return None
+
+
+def remove_abandoned(folder: Path, current: str) -> None:
+    """Keep the checkpoints of `current` and of the newest few other runs in `folder`; remove the rest."""
+    others = [path for path in folder.glob("*") if path.is_dir() and path.name != current]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-ABANDONED_RUNS]:
+        print(f"train: removing the checkpoints of an older run, {path}", flush=True)
+        shutil.rmtree(path)
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold `folder` (made if need be): a second training waits until the first, asked to stop, has saved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("train: waiting for another training in this folder to end", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class StopWhenAsked(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finish the running step, save it and end the training. A second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None  # the signal's name
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+        print(f"\ntrain: {self.asked}: finishing this step and saving it (once more: stop at once)", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+class RestoreLossSum(TrainerCallback):
+    """Put the loss summed up before a checkpoint back into the trainer that goes on from it."""
+
+    def __init__(self, trainer: Any, checkpoint: Path) -> None:
+        self.trainer = trainer
+        self.sealed = read_json(checkpoint / SEAL)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._tr_loss.fill_(self.sealed["loss_sum"])
+        self.trainer._globalstep_last_logged = self.sealed["last_logged"]
