@@ -185,7 +185,9 @@ def build_trainer(
                 seal(folder, self._tr_loss.item(), self._globalstep_last_logged)
             except BaseException as error:
                 shutil.rmtree(folder, ignore_errors=True)
-                raise StageError(f"{folder}: {DISK_FULL}") if is_disk_full(error) else error
+                if is_disk_full(error):
+                    raise StageError(f"{folder}: {DISK_FULL}") from None
+                raise
 
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             # Evaluating must not change the training after it: whatever it draws, the random state is put back.
@@ -293,8 +295,8 @@ def train_to_the_end(trainer: "SFTTrainer", checkpoints: Path) -> None:
             resume(trainer, last)
     if stop.asked and trainer.state.global_step < trainer.args.max_steps:
         raise StageError(
-            f"stopped by {stop.asked} after step {trainer.state.global_step} of {trainer.args.max_steps}, which is saved. "
-            "`dvc repro` goes on from there."
+            f"stopped by {stop.asked} after step {trainer.state.global_step} of {trainer.args.max_steps}, "
+            "which is saved. `dvc repro` goes on from there."
         )
 
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from types import FrameType
 
-
 DISK_FULL = "the disk is full. Free some space and run `dvc repro` again."
 
 
@@ -22,7 +21,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception comes from a full disk or quota, also where a library wraps or rewords the system's error."""
+    """Whether an exception comes from a full disk or quota, also where a library wraps or rewords it."""
     full = {errno.ENOSPC, errno.EDQUOT}
     while error is not None:
         words = str(error)
