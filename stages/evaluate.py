@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MODELS = {"base": Path("models/base"), "tuned": Path("models/merged")}
 TOKENIZED = Path("data/tokenized")
+COLUMNS = ("input_ids", "assistant_masks", "length", "lang", "message_tree_id")  # what is read of a conversation
 METRICS = Path("reports/metrics.json")
 CONVERSATIONS = Path("reports/conversations.csv")
 SAMPLES = Path("reports/samples.md")
@@ -146,7 +147,7 @@ def samples_page(prompts: list[str], answers: dict[str, list[tuple[str, bool]]],
 
 def main() -> None:
     params = load_params("evaluate")
-    rows = read_parquet(TOKENIZED / "validation.parquet")
+    rows = read_parquet(TOKENIZED / "validation.parquet", COLUMNS)
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
     system = [{"role": "system", "content": params.system_prompt}] if params.system_prompt else []
     fixed = [

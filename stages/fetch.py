@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.common.artifacts import write_json, write_whole
 from stages.common.errors import StageError, first_line, run_stage
+from stages.common.models import check_weights, load_config, load_tokenizer
 from stages.common.params import load_params
 from stages.common.sources import Source, parse_source, parse_sources
 
@@ -24,7 +25,7 @@ def convert_gguf(folder: Path) -> None:
     if not files:
         return
     if len(files) > 1:
-        raise StageError(f"{folder} holds {len(files)} GGUF files; name the one you mean.")
+        raise StageError(f"{folder} holds {len(files)} GGUF files; name the one you mean: base_model: …/NAME.gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -35,7 +36,9 @@ def convert_gguf(folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise StageError(f"{files[0].name} is no GGUF model that can be converted ({first_line(error)}).") from error
+        raise StageError(
+            f"{files[0].name} is no GGUF model that can be converted ({first_line(error)}). Choose another."
+        ) from error
     # A model loaded from GGUF refuses save_pretrained, and its config claims to be quantised.
     config = loaded.config
     for name in ("quantization_config", "_name_or_path"):
@@ -52,7 +55,16 @@ def check_model(folder: Path, source: Source) -> None:
     """Raise StageError unless `folder` holds what the later stages load: config, tokenizer and safetensors."""
     for pattern in ("config.json", "*.safetensors", "tokenizer*.json"):
         if not list(folder.glob(pattern)):
-            raise StageError(f"{source.text} has no {pattern}: it is not a causal language model saved as safetensors.")
+            raise StageError(
+                f"{source.text} has no {pattern}: it is not a causal language model saved as safetensors. "
+                "Correct base_model in params.yaml; pickled weights (.bin) are never loaded."
+            )
+    try:
+        check_weights(folder)
+        load_config(folder)
+        load_tokenizer(folder)
+    except StageError as error:
+        raise StageError(str(error).replace(str(folder), source.text)) from error
 
 
 def licence_of(folder: Path) -> str | None:

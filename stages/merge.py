@@ -47,12 +47,22 @@ def copy_dequantized(source: "PreTrainedModel", target: "PreTrainedModel") -> No
 
 def attach(model: "PreTrainedModel", adapter: Path) -> Any:
     """`model` with the adapter on it, not merged. Raises StageError when the adapter belongs to another model."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
 
+    mend = f"Delete {adapter} and run `dvc repro train`."
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise StageError(f"{weights} is missing; pickled weights (.bin) are never loaded. {mend}")
     try:
-        return PeftModel.from_pretrained(model, adapter, local_files_only=True).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise StageError(f"{adapter} does not fit {BASE} ({first_line(error)}). Run `dvc repro train`.") from error
+        with safe_open(weights, "pt") as file:
+            saved = set(file.keys())
+        attached = PeftModel.from_pretrained(model, adapter, local_files_only=True).eval()
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        raise StageError(f"{adapter} does not fit {BASE} ({first_line(error)}). {mend}") from error
+    if lacking := sorted(set(get_peft_model_state_dict(attached)) ^ saved):  # PEFT would go on without them
+        raise StageError(f"{adapter} does not fit {BASE} (only one of them has {lacking[0]}). {mend}")
+    return attached
 
 
 def probe_logits(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list["torch.Tensor"]:
@@ -164,7 +174,10 @@ print(chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=128)[0]["ge
 
 def main() -> None:
     params = load_params("merge")
-    training = read_json(ADAPTER / "training.json")
+    training = read_json(
+        ADAPTER / "training.json",
+        ["params", "train_conversations", "train_supervised_tokens", "held_out_conversations"],
+    )
     trained = SimpleNamespace(**training["params"])
     tokenizer = load_tokenizer(ADAPTER)
 

@@ -7,12 +7,14 @@ chosen) and reports/funnel.json (how many messages,
 trees, conversations and characters each step dropped and kept, by reason and by language). Run: `dvc repro prepare`
 """
 
+import codecs
 import gzip
 import hashlib
 import json
 import re
 import sys
 import unicodedata
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +58,8 @@ def read_messages(folder: Path, dataset: int = 0) -> pd.DataFrame:
     """All message rows under `folder`, in file order, with the hub split a file's name states (None elsewhere).
 
     Columns: message_id, parent_id, message_tree_id, tree_state, text, role, lang, rank, deleted, synthetic,
-    review_result, quality, toxicity, system, split, dataset (as given). A row without a message_id, text or role keeps
-    None there.
+    review_result, quality, toxicity, system, split, bad, dataset (as given). `bad` says where and why a row is no
+    message (None elsewhere).
     """
     files = sorted(p for p in folder.glob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
     if not files:
@@ -65,35 +67,51 @@ def read_messages(folder: Path, dataset: int = 0) -> pd.DataFrame:
     rows = []
     for file in files:
         name = re.sub(r"[.](jsonl|jsonl[.]gz|parquet)$", "", file.name)
-        for number, top in enumerate(read_rows(file), 1):
-            rows += [message_row(row, split_of(file)) for row in flatten(top, f"{dataset + 1}/{name}-{number}")]
+        place = "row" if file.suffix == ".parquet" else "line"
+        for number, top in read_rows(file):
+            where = f"{file.name} {place} {number}"
+            if isinstance(top, str):
+                rows.append({**message_row({}, split_of(file)), "bad": f"{where}: {top}"})
+                continue
+            for row in flatten(top, f"{dataset + 1}/{name}-{number}"):
+                rows.append(message_row(row, split_of(file), where))
     if not rows:
         raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
     table = pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
     return table.assign(dataset=dataset)
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one data file. Raises StageError that names the file and line."""
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """The number and content of each row of a data file, or in its place what keeps it from being read.
+
+    Raises StageError that names the file when it cannot be read on.
+    """
     try:
         if file.suffix == ".parquet":
-            yield from pd.read_parquet(file, dtype_backend="pyarrow").to_dict("records")
+            yield from enumerate(pd.read_parquet(file, dtype_backend="pyarrow").to_dict("records"), 1)
             return
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise StageError(f"{file.name} line {number}: not a JSON object.")
-                    yield row
-    except json.JSONDecodeError as error:
-        raise StageError(
-            f"{file.name} line {number}: not valid JSON ({error.msg}). Mend the file, then `dvc repro`."
-        ) from None
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+                    yield number, parse_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise StageError(
             f"{file.name} cannot be read ({first_line(error)}). Is it damaged? Put a whole one there, then `dvc repro`."
         ) from None
+
+
+def parse_line(line: bytes) -> dict[str, Any] | str:
+    """The JSON object on a line, or what is wrong with it."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except json.JSONDecodeError as error:
+        beginning = line[:30].decode("utf-8", "replace").strip()
+        return f"not valid JSON ({error.msg}); it begins with {beginning!r}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        return f"not JSON that can be read ({first_line(error)})"
+    return row if isinstance(row, dict) else "not a JSON object"
 
 
 def split_of(file: Path) -> str | None:
@@ -112,15 +130,19 @@ def flatten(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
     stack = [row["prompt"]]
     while stack:
         message = stack.pop()
-        replies = message.get("replies") or []
-        stack.extend({"parent_id": message.get("message_id"), **reply} for reply in reversed(replies))
+        replies = message.get("replies")
+        for reply in reversed(replies if isinstance(replies, list) else []):
+            # Whatever else stands among the replies is a row of its own, and a bad one.
+            reply = reply if isinstance(reply, dict) else {}
+            stack.append({"parent_id": message.get("message_id"), **reply})
         yield {**message, **tree}
 
 
 def turns_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The role/content turns of a row that is a conversation: `messages`, or an instruction and its response."""
     if isinstance(row.get("messages"), list | np.ndarray):
-        return [dict(turn) for turn in row["messages"] if isinstance(turn, dict)]
+        # An empty conversation, or what is no turn in one, is still a row: a bad one, which is counted.
+        return [dict(turn) if isinstance(turn, dict) else {} for turn in row["messages"]] or [{}]
     for question, answer in INSTRUCTION_COLUMNS:
         if question in row and answer in row and "message_id" not in row:
             text, context = row[question], row.get("input")
@@ -154,25 +176,27 @@ def chain(turns: list[dict[str, Any]], name: str, row: dict[str, Any]) -> Iterat
         parent = message_id
 
 
-def message_row(row: dict[str, Any], split: str | None) -> dict[str, Any]:
+def message_row(row: dict[str, Any], split: str | None, where: str = "a row") -> dict[str, Any]:
     """The fields of a message that this stage uses, with one spelling for missing values (None)."""
 
     def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = row.get(name)
         return value if isinstance(value, kind) else default
 
+    def number(value: Any) -> float | None:
+        # Python's whole numbers may be too large for a float.
+        return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
+
     labels, detoxify = row.get("labels"), row.get("detoxify")
-    quality = toxicity = None
+    quality = None
     if isinstance(labels, dict):
-        if "quality" in labels and isinstance(labels["quality"], dict):  # nested export: {quality: {value, count}}
+        names, values = labels.get("name"), labels.get("value")
+        if isinstance(labels.get("quality"), dict):  # nested export: {quality: {value, count}}
             quality = labels["quality"].get("value")
-        elif labels.get("name") is not None:  # flat rows: {name: […], value: […], count: […]}
-            quality = dict(zip(labels["name"], labels["value"], strict=False)).get("quality")
-    if isinstance(detoxify, dict):
-        toxicity = detoxify.get("toxicity")
+        elif isinstance(names, list | np.ndarray) and isinstance(values, list | np.ndarray):  # flat rows
+            quality = next((value for name, value in zip(names, values, strict=False) if name == "quality"), None)
     message_id = get("message_id", str)
-    rank = row.get("rank")
-    return {
+    fields = {
         "message_id": message_id,
         "parent_id": get("parent_id", str),
         "message_tree_id": get("message_tree_id", str, message_id),
@@ -180,15 +204,50 @@ def message_row(row: dict[str, Any], split: str | None) -> dict[str, Any]:
         "text": get("text", str),
         "role": get("role", str),
         "lang": get("lang", str, UNKNOWN),
-        "rank": float(rank) if isinstance(rank, int | float) else None,
+        "rank": number(row.get("rank")),
         "deleted": get("deleted", bool, False),
         "synthetic": get("synthetic", bool, False),
         "review_result": get("review_result", bool),
-        "quality": quality,
-        "toxicity": toxicity,
+        "quality": number(quality),
+        "toxicity": number(detoxify.get("toxicity")) if isinstance(detoxify, dict) else None,
         "system": get("system", str),
         "split": split,
     }
+    problem = bad_field(row, fields)
+    # A table cannot even hold a text that is none.
+    written = {name: None if text_problem(value) else value for name, value in fields.items()}
+    return {**written, "lang": written["lang"] or UNKNOWN, "bad": f"{where}: {problem}" if problem else None}
+
+
+def bad_field(row: dict[str, Any], fields: dict[str, Any]) -> str | None:
+    """What keeps a row from being a message: a missing or mistyped field, an unknown role, text that is none."""
+    for name in REQUIRED:
+        if fields[name] is None:
+            return f"{name} is missing" if row.get(name) is None else f"{name} is {shown(row[name])}, not a text"
+    if fields["role"] not in ROLES:
+        return f"role is {shown(fields['role'])}, neither prompter nor assistant"
+    parent = row.get("parent_id")
+    if fields["parent_id"] is None and isinstance(parent, int | float | list | dict) and parent == parent:
+        return f"parent_id is {shown(parent)}, not a text"
+    return next((f"{name} holds {why}" for name, value in fields.items() if (why := text_problem(value))), None)
+
+
+def text_problem(value: Any) -> str | None:
+    """Why a text cannot be trained on or written, if it is one."""
+    if not isinstance(value, str):
+        return None
+    if "\0" in value:
+        return "a NUL character"
+    try:
+        _ = value.isascii() or value.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value as an error line shows it, cut to a few characters and to what can be printed."""
+    return ascii(value)[:40]
 
 
 # Counting --------------------------------------------------------------------------------------------------------
@@ -231,11 +290,20 @@ class Funnel:
 # Choosing messages -----------------------------------------------------------------------------------------------
 
 
+def check_bad_rows(bad: pd.Series, max_bad_rows: float) -> None:
+    """Raise StageError, naming the first, when more than a share `max_bad_rows` of the rows are no messages."""
+    found = bad.dropna()
+    if len(found) > max_bad_rows * len(bad):
+        raise StageError(
+            f"{RAW}: {len(found)} of {len(bad)} rows are no messages, more than max_bad_rows, {max_bad_rows}. "
+            f"The first: {found.iloc[0]}. Mend the data, or raise max_bad_rows to skip such rows."
+        )
+
+
 def valid_rows(messages: pd.DataFrame, funnel: Funnel) -> pd.DataFrame:
     """Drop rows that are no messages, second rows of the same id, and messages whose tree does not reach its root."""
-    whole = messages[list(REQUIRED)].notna().all(axis=1) & messages["role"].isin(list(ROLES))
-    whole &= messages["text"].fillna("").str.strip() != ""
-    messages = funnel.drop(messages, whole, "malformed")
+    messages = funnel.drop(messages, messages["bad"].isna(), "bad_row")
+    messages = funnel.drop(messages, messages["text"].str.strip() != "", "empty")
     messages = funnel.drop(messages, ~messages["message_id"].duplicated(), "duplicate_id")
     return funnel.drop(messages, reachable(messages), "orphan")
 
@@ -416,6 +484,7 @@ def prepare(
     messages: pd.DataFrame,
     *,
     dataset_weights: list[float] | None,
+    max_bad_rows: float,
     threads: str,
     tree_states: list[str],
     languages: list[str],
@@ -434,8 +503,10 @@ def prepare(
 
     A conversation has message_tree_id, message_ids, dataset (0, 1, …), lang (of its first message), messages (role and
     content, as TRL reads them; first its own system turn or the system prompt, unless that is empty) and trained (one
-    flag for each assistant message). `dataset_weights` shape the training split alone (see `weighted`).
+    flag for each assistant message). `dataset_weights` shape the training split alone (see `weighted`). Raises
+    StageError when too many rows are bad, or nothing is left for a split.
     """
+    check_bad_rows(messages["bad"], max_bad_rows)
     funnel = Funnel(Funnel.count(messages.fillna({"text": "", "message_tree_id": ""})))
     messages = valid_rows(messages, funnel)
     messages = filter_messages(
@@ -567,6 +638,7 @@ def main() -> None:
     splits, funnel = prepare(
         pd.concat(tables, ignore_index=True),
         dataset_weights=params.dataset_weights,
+        max_bad_rows=params.max_bad_rows,
         threads=params.threads,
         tree_states=params.tree_states,
         languages=params.languages,

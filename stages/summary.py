@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from stages.common.artifacts import read_json
 from stages.common.errors import StageError, run_stage
@@ -25,7 +26,10 @@ def made_with() -> dict[str, Any]:
     """The parameters of the last finished run, which params.yaml may have left behind."""
     if not LOCK.exists():
         raise StageError("nothing was made yet. Run `make all`.")
-    stages = YAML(typ="safe").load(LOCK.read_text(encoding="utf-8"))["stages"]
+    try:
+        stages = YAML(typ="safe").load(LOCK.read_text(encoding="utf-8"))["stages"]
+    except (YAMLError, ValueError, KeyError, TypeError):
+        raise StageError(f"{LOCK} is damaged. `git checkout {LOCK}`, then `dvc repro`.") from None
     return {
         key: value for stage in stages.values() for key, value in stage.get("params", {}).get(str(PARAMS), {}).items()
     }
@@ -72,13 +76,16 @@ def one_sample(page: str) -> list[str]:
 
 
 def main() -> None:
-    metrics = read_json(REPORTS / "metrics.json")
+    metrics = read_json(REPORTS / "metrics.json", ["held_out", "base", "tuned", "difference", "stop_rate"])
+    samples = REPORTS / "samples.md"
+    if not samples.is_file():
+        raise StageError(f"{samples} is missing. Run `dvc repro` to make it.")
     held_out, made = metrics["held_out"], made_with()
     print(f"\nBase {made['base_model']}\ntuned on {made['dataset']}, {made['max_steps']} steps")
     print(f"measured on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens:\n")
     print("\n".join(table(metrics)))
     print("\nOne answer side by side:\n")
-    print("\n".join(one_sample((REPORTS / "samples.md").read_text(encoding="utf-8"))))
+    print("\n".join(one_sample(samples.read_text(encoding="utf-8"))))
     print(f"\n{exported(read_json(REPORTS / 'export.json'))}")
     print(
         "The model: models/merged/ (its card: README.md there). More answers: reports/samples.md."

@@ -29,6 +29,7 @@ TOKENS = Path("reports/tokens.json")
 TEMPLATES = Path("stages/templates")
 
 SPLITS = ("train", "validation")
+COLUMNS = ("messages", "trained", "lang", "message_tree_id")  # what is read of a conversation
 BATCH = 512  # conversations tokenised at once: enough for the fast tokenizer's threads, little memory
 
 
@@ -209,7 +210,8 @@ def main() -> None:
     with write_whole(TOKENIZED) as folder:
         folder.mkdir()
         for split in SPLITS:
-            frame, counts[split] = tokenize(read_parquet(PREPARED / f"{split}.parquet"), tokenizer, params.max_length)
+            conversations = read_parquet(PREPARED / f"{split}.parquet", COLUMNS)
+            frame, counts[split] = tokenize(conversations, tokenizer, params.max_length)
             if frame.empty:
                 raise StageError(
                     f"no conversation of {split} fits into max_length, {params.max_length} tokens. Raise it."

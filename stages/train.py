@@ -34,6 +34,7 @@ LOSS = Path("reports/loss")
 CHECKPOINTS = Path("models/checkpoints")
 CODE = [Path("stages") / name for name in ("train.py", "checkpoints.py", "common/models.py", "common/scoring.py")]
 LOCK = Path("requirements.lock")
+COLUMNS = ("input_ids", "assistant_masks", "length")  # what is read of a tokenised conversation
 
 
 def compute_dtype(fp16: bool, bf16: bool) -> "torch.dtype":
@@ -186,7 +187,7 @@ def build_trainer(
             except BaseException as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 if is_disk_full(error):
-                    raise StageError(f"{folder}: {DISK_FULL}") from None
+                    raise StageError(f"{folder}: {DISK_FULL}") from error
                 raise
 
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
@@ -293,10 +294,10 @@ def train_to_the_end(trainer: "SFTTrainer", checkpoints: Path) -> None:
         else:
             print(f"train: going on from {last}", flush=True)
             resume(trainer, last)
-    if stop.asked and trainer.state.global_step < trainer.args.max_steps:
+    done, wanted = trainer.state.global_step, trainer.args.max_steps
+    if stop.asked and done < wanted:
         raise StageError(
-            f"stopped by {stop.asked} after step {trainer.state.global_step} of {trainer.args.max_steps}, "
-            "which is saved. `dvc repro` goes on from there."
+            f"stopped by {stop.asked} after step {done} of {wanted}, which is saved. `dvc repro` goes on from there."
         )
 
 
@@ -307,7 +308,7 @@ def main() -> None:
     check_machine(params.fp16, params.bf16, params.attn_implementation)
     check_targets(BASE, params.target_modules)
     check_memory(BASE, params.fp16, params.bf16, params.load_in_4bit, params.bnb_4bit_use_double_quant)
-    train, validation = (read_parquet(TOKENIZED / f"{split}.parquet") for split in ("train", "validation"))
+    train, validation = (read_parquet(TOKENIZED / f"{split}.parquet", COLUMNS) for split in ("train", "validation"))
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
 
     dtype = compute_dtype(params.fp16, params.bf16)

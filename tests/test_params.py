@@ -182,6 +182,7 @@ ANOTHER = {
     },
     "prepare": {
         "dataset_weights": [0.5],
+        "max_bad_rows": 0.5,
         "threads": "all",
         "tree_states": [],
         "languages": ["de"],

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,39 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that an earlier stage wrote. Raises StageError when it is missing or damaged."""
+def read_json(path: Path, keys: Sequence[str] = ()) -> Any:
+    """Read a JSON file that an earlier stage wrote. Raises StageError when it is missing, damaged or lacks a key."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path} is missing. Run `dvc repro` to make it.") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise StageError(f"{path} is not valid JSON ({error}). Delete it and run `dvc repro`.") from None
+    if keys and not isinstance(content, dict):
+        raise StageError(f"{path} holds no JSON object. Delete it and run `dvc repro`.")
+    _refuse_gaps(path, [key for key in keys if key not in content])
+    return content
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
-    """Read a parquet file that an earlier stage wrote. Raises StageError when it is missing or damaged."""
+def read_parquet(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a parquet file that an earlier stage wrote. Raises StageError when it is missing, damaged or incomplete."""
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except FileNotFoundError:
         raise StageError(f"{path} is missing. Run `dvc repro` to make it.") from None
     except (OSError, ValueError) as error:
         raise StageError(f"{path} cannot be read ({first_line(error)}). Delete it and run `dvc repro`.") from None
+    _refuse_gaps(path, [column for column in columns if column not in table])
+    if columns and table.empty:
+        raise StageError(f"{path} has no rows. Delete it and run `dvc repro`.")
+    return table
+
+
+def _refuse_gaps(path: Path, missing: list[str]) -> None:
+    if missing:
+        raise StageError(
+            f"{path} has no {', '.join(missing)}: no stage wrote it like this. Delete it and run `dvc repro`."
+        )
 
 
 def digest_files(paths: list[Path]) -> str:

@@ -21,7 +21,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception comes from a full disk or quota, also where a library wraps or rewords it."""
+    """Whether an exception comes from a full disk or quota, also where a library rewords the system's error."""
     full = {errno.ENOSPC, errno.EDQUOT}
     while error is not None:
         words = str(error)

@@ -4,7 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.common.errors import StageError, first_line
+from stages.common.artifacts import read_json
+from stages.common.errors import StageError, first_line, is_disk_full
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +36,15 @@ def load_model(
     `dtype` is that of the weights that are not quantised. Raises StageError when the folder is no such model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=attn_implementation,
@@ -50,8 +53,17 @@ def load_model(
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise StageError(f"{folder} cannot be loaded as a causal language model ({first_line(error)}).") from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise
+        raise StageError(
+            f"{folder} cannot be loaded as a causal language model ({first_line(error)}). "
+            "Delete it and run `dvc repro`, or choose another base_model."
+        ) from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise StageError(
+            f"{folder}: {len(missing)} weights are missing, the first {missing[0]}. Delete it and run `dvc repro`."
+        )
     for module in model.modules():
         # On a CPU with AVX-512 BF16, bitsandbytes would repack the weights at the first evaluation, for good, into a
         # form without autograd: the training after it would silently lose its gradients.
@@ -76,7 +88,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise StageError(f"{folder} holds no tokenizer that can be read ({first_line(error)}).") from error
+        raise StageError(
+            f"{folder} holds no tokenizer that can be read ({first_line(error)}). "
+            "Delete it and run `dvc repro`, or choose another base_model."
+        ) from error
 
 
 def load_config(folder: Path) -> "PretrainedConfig":
@@ -85,9 +100,33 @@ def load_config(folder: Path) -> "PretrainedConfig":
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(f"{folder} holds no model of a known type ({first_line(error)}).") from error
+    except Exception as error:  # a configuration's own checks raise what they like
+        raise StageError(
+            f"{folder} holds no model of a known type ({first_line(error)}). "
+            "Code of a model's repository is never run: choose a base_model that transformers knows."
+        ) from error
     return config.get_text_config()
+
+
+def check_weights(folder: Path) -> None:
+    """Raise StageError unless every safetensors file in `folder`, and every one its index names, is there and whole.
+
+    Reads the files' headers only.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        weight_map = read_json(index, ["weight_map"])["weight_map"]
+        files |= {folder / str(name) for name in weight_map.values()}
+    for file in sorted(files):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except FileNotFoundError:
+            raise StageError(f"{file} is missing, though the model's index names it. Put all shards there.") from None
+        except (SafetensorError, OSError) as error:
+            raise StageError(f"{file} is damaged ({first_line(error)}). Put a whole one there.") from error
 
 
 def linear_layers(folder: Path) -> list[str]:

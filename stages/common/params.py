@@ -43,6 +43,9 @@ class Params(BaseModel):
         description="how often each data set's training conversations are used: 1 once, 0.5 half of them, 2 all twice; "
         "null uses all once"
     )
+    max_bad_rows: float = Field(
+        ge=0, le=1, description="share of rows that may be no messages; they are skipped and counted, more stop prepare"
+    )
     threads: Literal["best", "all"] = Field(description="`best`: the best-ranked path of each tree; `all`: every path")
     tree_states: list[str] = Field(description="states of trees to keep; an empty list keeps all")
     languages: list[str] = Field(description="languages to keep, as the data names them; an empty list keeps all")
