@@ -141,6 +141,35 @@ def test_the_hubs_splits_its_export_and_a_file_of_ones_own_are_mixed_by_weights(
     assert [source["license"] for source in sources] == ["apache-2.0", None, None]
 
 
+def test_another_model_and_data_set_of_the_hub_are_an_experiment_away(reference, hub, tiny_llama, repositories):
+    project, run = reference
+    hub.add("models", "someone/llama", "1" * 40, tiny_llama)
+    hub.add("datasets", "someone/trees", "2" * 40, repositories["data"])
+    changed = ["base_model=someone/llama", f"base_model_revision='{'1' * 40}'", "chat_template=chatml"]
+    changed += ["dataset=someone/trees", f"dataset_revision='{'2' * 40}'", "max_steps=1"]
+    options = [part for change in changed for part in ("-S", change)]
+    refused = run("dvc", "exp", "run", "train", *options, check=False)
+    assert refused.returncode and "Traceback" not in refused.stderr
+    (said,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert "the base model has no dense. It has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj." in said
+    run("dvc", "exp", "run", "train", "-S", "target_modules=[q_proj,up_proj]")
+    config = json.loads((project.folder / "models/adapter/adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "up_proj"]
+
+
+def test_a_plan_downloads_the_configuration_alone(reference, hub):
+    project, run = reference
+    hub.add("models", "someone/phi", "3" * 40, hub.repositories["models", REFERENCE.base_model][1])
+    project.set(base_model="someone/phi", base_model_revision="3" * 40)
+    said = run("stages.plan").stdout
+    assert "on OpenAssistant/oasst1 (configuration from the hub (config.json alone))" in said
+    assert {request.rpartition("/")[2] for request in hub.requests} == {"config.json"}
+    del hub.repositories["models", "someone/phi"]
+    project.set(base_model_revision="4" * 40)
+    failed = run("stages.plan", check=False)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: someone/phi at 4444")
+
+
 def failed_fetch(reference, **environment: str) -> str:
     """The one line that a failing fetch ends with; asserts that it left nothing."""
     project, run = reference
