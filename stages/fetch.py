@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.common.artifacts import write_json, write_whole
 from stages.common.errors import StageError, first_line, run_stage
-from stages.common.models import check_weights, load_config, load_tokenizer
+from stages.common.models import check_weights, load_tokenizer
 from stages.common.params import load_params
 from stages.common.sources import Source, parse_source, parse_sources
 
@@ -25,7 +25,10 @@ def convert_gguf(folder: Path) -> None:
     if not files:
         return
     if len(files) > 1:
-        raise StageError(f"{folder} holds {len(files)} GGUF files; name the one you mean: base_model: …/NAME.gguf")
+        names = ", ".join(sorted(file.name for file in files))
+        raise StageError(
+            f"base_model: there are {len(files)} GGUF files, {names}. Put the one you mean after its path."
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -36,8 +39,9 @@ def convert_gguf(folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        said = first_line(error).replace(f"{folder}/", "")
         raise StageError(
-            f"{files[0].name} is no GGUF model that can be converted ({first_line(error)}). Choose another."
+            f"{files[0].name} is no GGUF model that can be converted ({said}). Choose another base_model."
         ) from error
     # A model loaded from GGUF refuses save_pretrained, and its config claims to be quantised.
     config = loaded.config
@@ -61,7 +65,6 @@ def check_model(folder: Path, source: Source) -> None:
             )
     try:
         check_weights(folder)
-        load_config(folder)
         load_tokenizer(folder)
     except StageError as error:
         raise StageError(str(error).replace(str(folder), source.text)) from error

@@ -61,10 +61,12 @@ def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     path = TEMPLATES / f"{name}.jinja"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise StageError(f"chat_template: {path} does not exist. There are: {names}, model.")
+        raise StageError(f"chat_template: {path} does not exist. Set it to one of: {names}, model.")
     template = path.read_text(encoding="utf-8")
     if not has_marks(template):
-        raise StageError(f"chat_template: {path} has no {{% generation %}} marks around the assistant's text.")
+        raise StageError(
+            f"chat_template: {path} has no {{% generation %}} marks around the assistant's text. Put them in."
+        )
     return template
 
 
@@ -196,14 +198,17 @@ def main() -> None:
     config = load_config(BASE)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and params.max_length > longest:
-        raise StageError(f"max_length: {params.max_length}: the base model reads at most {longest} tokens.")
+        raise StageError(
+            f"max_length: {params.max_length}: the base model reads at most {longest} tokens. Set it lower."
+        )
     tokenizer = load_tokenizer(BASE)
     if not tokenizer.is_fast:
         raise StageError(f"{BASE} has no fast tokenizer (tokenizer.json), needed to tell the assistant's tokens.")
     set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config.vocab_size)
     if len(tokenizer) > config.vocab_size:
         raise StageError(
-            f"{BASE}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: they do not fit."
+            f"{BASE}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: they do not fit. "
+            "Choose a base_model whose files belong together."
         )
 
     counts = {}

@@ -150,7 +150,7 @@ def check_targets(base: Path, target_modules: list[str]) -> None:
     names = linear_layers(base)
     wrong = [target for target in target_modules if target not in names]
     if wrong:
-        raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. It has {', '.join(names)}.")
+        raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. Choose from {', '.join(names)}.")
 
 
 def check_logits(model: "PeftModel", ids: list[int], dtype: "torch.dtype") -> None:

@@ -137,16 +137,6 @@ def test_a_local_model_folder_is_pinned_by_its_content(tiny_llama, tmp_path):
     assert describe(source, tmp_path / "base") == {"source": source.text, "revision": pin, "license": None}
 
 
-def test_a_folder_that_is_no_model_is_named(tmp_path):
-    source = parse_source("file:x", None)
-    with pytest.raises(StageError, match="has no config.json"):
-        check_model(tmp_path, source)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_text("pickle")
-    with pytest.raises(StageError, match="has no .*safetensors"):
-        check_model(tmp_path, source)
-
-
 def test_licences(tmp_path):
     assert licence_of(tmp_path) is None
     (tmp_path / "README.md").write_text("---\nlicense: MIT\n---\n# Model\n")

@@ -77,32 +77,13 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path, text):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("learning_rate: -1", "learning_rate: -1: must be greater than 0"),
-        ("learning_rate: fast", "learning_rate: 'fast': must be a valid number"),
-        ("learning_rate: .nan", "learning_rate: nan: must be a finite number"),
-        ("max_steps: 2.5", "max_steps: 2.5: must be a valid integer"),
-        ("max_steps: true", "max_steps: True: must be a valid integer"),
-        ("fp16: yes please", "fp16: 'yes please': must be a valid boolean"),
-        ("optim: adamw", "optim: 'adamw': must be 'paged_adamw_32bit', "),
-        ("threads: worst", "threads: 'worst': must be 'best' or 'all'"),
-        ("chat_template: my/own.jinja", "chat_template: 'my/own.jinja': must match"),
-        ("target_modules: []", "target_modules: []: must have at least 1 item"),
-        ("target_modules: [q_proj, q_proj]", "names something twice"),
-        ("validation_fraction: 0.9", "validation_fraction: 0.9: must be less than or equal to 0.5"),
-        ("lerning_rate: 1", "lerning_rate: is not a parameter"),
-        ("save_steps: 1000", "save_steps: 1000: must be at most max_steps"),
-        ("base_model: nonsense", "base_model: 'nonsense': 'nonsense' is neither owner/name"),
-        ("base_model: microsoft/phi-2", "base_model_revision: 'sha256:"),
-        ("dataset: pypi:package/file", "dataset: 'pypi:package/file'"),
-        ("dataset_revision: main", "dataset_revision: 'main'"),
-        ("max_turns: 0", "max_turns: 0: must be greater than 0"),
         ("dataset: 5", "dataset: 5: must be a valid string or must be a valid list"),
         ("dataset: [a/b, c/d]", "dataset_revision: None: 2 sources need as many values of the revision, not 1"),
         ("dataset_weights: [1.0, 2.0]", "dataset_weights: 2 for 1 data sets: give one for each, or null"),
         ("dataset_weights: [0.0]", "dataset_weights.0: 0.0: must be greater than 0"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path, line, said):
+def test_lists_of_data_sets_are_checked(tmp_path, line, said):
     with pytest.raises(StageError) as error:
         read_params(edited(tmp_path, line))
     assert said in str(error.value)

@@ -139,7 +139,7 @@ def test_templates_that_do_not_fit_are_refused(tiny_phi, tmp_path, monkeypatch):
         set_special_tokens(phi, load_template("chatml", phi), 1000)
     with pytest.raises(StageError, match="has no chat template"):
         load_template("model", AutoTokenizer.from_pretrained(tiny_phi))
-    with pytest.raises(StageError, match="does not exist. There are: chatml, phi2, model"):
+    with pytest.raises(StageError, match="does not exist. Set it to one of: chatml, phi2, model"):
         load_template("none", phi)
     monkeypatch.setattr("stages.tokenize.TEMPLATES", tmp_path)
     (tmp_path / "bare.jinja").write_text("{{ messages[0].content }}{% if add_generation_prompt %}{% endif %}")

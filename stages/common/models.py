@@ -41,6 +41,7 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    check_weights(folder)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -103,26 +104,42 @@ def load_config(folder: Path) -> "PretrainedConfig":
     except Exception as error:  # a configuration's own checks raise what they like
         raise StageError(
             f"{folder} holds no model of a known type ({first_line(error)}). "
-            "Code of a model's repository is never run: choose a base_model that transformers knows."
+            "Choose a base_model that transformers knows: code of a model's repository is never run."
         ) from error
     return config.get_text_config()
 
 
-def check_weights(folder: Path) -> None:
-    """Raise StageError unless every safetensors file in `folder`, and every one its index names, is there and whole.
+def empty_model(folder: Path) -> "PreTrainedModel":
+    """The model that the configuration in `folder` describes, without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    Reads the files' headers only.
+    config = load_config(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise StageError unless all safetensors files in `folder`, and all that an index names, are whole and fit.
+
+    Reads the files' headers only: names and shapes of the weights, which must be those of the configuration.
     """
     from safetensors import SafetensorError, safe_open
 
     files = set(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
-        weight_map = read_json(index, ["weight_map"])["weight_map"]
-        files |= {folder / str(name) for name in weight_map.values()}
+        files |= {folder / str(name) for name in read_json(index, ["weight_map"])["weight_map"].values()}
+    shapes = {name: list(weight.shape) for name, weight in empty_model(folder).state_dict().items()}
     for file in sorted(files):
         try:
-            with safe_open(file, "pt"):
-                pass
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():
+                    found = weights.get_slice(name).get_shape()
+                    if found != shapes.get(name, found):
+                        raise StageError(
+                            f"{file}: {name} is of shape {found}, by config.json {shapes[name]}: they are of two models. "
+                            "Put files of one model there."
+                        )
         except FileNotFoundError:
             raise StageError(f"{file} is missing, though the model's index names it. Put all shards there.") from None
         except (SafetensorError, OSError) as error:
@@ -135,11 +152,8 @@ def linear_layers(folder: Path) -> list[str]:
     Reads the configuration only; no weights are loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(folder)
     output = model.get_output_embeddings()
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
     return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
