@@ -123,15 +123,22 @@ FILES = {
 }
 
 
+def raw_folder(folder: Path) -> Path:
+    """The folder of the only data set, as fetch makes it."""
+    (folder / "data/raw/1").mkdir(parents=True)
+    (folder / "data/raw/source.json").write_text('[{"source": "file:x", "revision": null, "license": null}]')
+    return folder / "data/raw/1"
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_a_data_file_that_cannot_be_read(case, folder, capsys):
     name, content, said = FILES[case]
-    (folder / "data/raw").mkdir(parents=True)
+    raw = raw_folder(folder)
     if content is None:
-        pd.DataFrame(small_trees(40)).to_parquet(folder / "data/raw/whole.parquet")
-        content = (folder / "data/raw/whole.parquet").read_bytes()[:-100]
-        (folder / "data/raw/whole.parquet").unlink()
-    (folder / "data/raw" / name).write_bytes(content)
+        pd.DataFrame(small_trees(40)).to_parquet(raw / "whole.parquet")
+        content = (raw / "whole.parquet").read_bytes()[:-100]
+        (raw / "whole.parquet").unlink()
+    (raw / name).write_bytes(content)
     assert said in refused("prepare", capsys)
 
 
@@ -185,9 +192,7 @@ def write_row(path, row) -> None:
 
 @pytest.fixture
 def good_rows(folder):
-    (folder / "data/raw").mkdir(parents=True)
-    path = write_jsonl(folder / "data/raw/x.jsonl", small_trees(200))
-    (folder / "data/raw/source.json").write_text('{"source": "file:x", "revision": null}')
+    path = write_jsonl(raw_folder(folder) / "x.jsonl", small_trees(200))
     return path
 
 

@@ -137,8 +137,8 @@ def check_weights(folder: Path) -> None:
                     found = weights.get_slice(name).get_shape()
                     if found != shapes.get(name, found):
                         raise StageError(
-                            f"{file}: {name} is of shape {found}, by config.json {shapes[name]}: they are of two models. "
-                            "Put files of one model there."
+                            f"{file}: {name} is of shape {found}, by config.json {shapes[name]}: they are of two "
+                            "models. Put files of one model there."
                         )
         except FileNotFoundError:
             raise StageError(f"{file} is missing, though the model's index names it. Put all shards there.") from None
