@@ -23,13 +23,13 @@ endef
 export LEND_IDENTITY
 
 .DEFAULT_GOAL := help
-.PHONY: help all serve chat space deploy test test-fast lint recipe status clean lock setup plan
+.PHONY: help all serve chat space deploy test test-long test-fast lint plan recipe verify status clean lock setup
 
 help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 all: setup  ## Set up, run every stage whose inputs changed, and print a summary.
-	@$(PY) -m dvc repro
+	@$(PY) -m stages.repro
 	@$(PY) -m stages.summary
 
 serve: setup  ## Serve the chat page and an OpenAI-style API on loopback: make serve PORT=7860
@@ -47,6 +47,9 @@ deploy: setup  ## Publish model and Space (DRY=1 only lists): make deploy SPACE=
 test: setup  ## Set up and run all tests.
 	@$(PY) -m pytest
 
+test-long: setup  ## Set up and run the longest tests: kills, full disks, runs from nothing (an hour).
+	@$(PY) -m pytest -m long
+
 test-fast: setup  ## Set up and run the tests that take no more than a minute together.
 	@$(PY) -m pytest -m "not slow"
 
@@ -60,6 +63,9 @@ plan: setup  ## Say what a run needs (memory, disk, time) and whether this machi
 
 recipe: setup  ## Put recipes/NAME.yaml in place of params.yaml: make recipe NAME=phi2-oasst1
 	@$(PY) -m stages.recipe $(NAME)
+
+verify: setup  ## Run the pipeline twice from nothing, elsewhere, and compare every output with each other and with git.
+	@$(PY) -m stages.verify
 
 status: setup  ## Say which stages would run, and print the last summary.
 	@$(PY) -m dvc status
@@ -79,7 +85,10 @@ lock: requirements.txt  ## Make requirements.lock anew from requirements.txt, at
 		mv .lock.partial requirements.lock
 	@echo "requirements.lock: $$(grep -c == requirements.lock) packages"
 
-setup: $(INSTALLED)
+# Two at once would install into one folder: the second waits, and then has nothing to do.
+setup:
+	@$(MAKE) --question --silent $(INSTALLED) || \
+		$(PYTHON) -m stages.alone $(MAKE) --no-print-directory --silent $(INSTALLED)
 
 # Only when the lock is newer than the last finished installation.
 $(INSTALLED): requirements.lock

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -183,6 +184,7 @@ class Project:
         tracked = ["Makefile", "dvc.yaml", ".dvcignore", ".gitignore", "LICENSE", "README.md", "requirements.lock"]
         for name in (
             *tracked,
+            "pyproject.toml",
             "stages",
             "space",
             "recipes",
@@ -219,11 +221,11 @@ class Project:
         with path.open("w", encoding="utf-8") as file:
             yaml.dump(params, file)
 
-    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-        """Run `python -m command` in the project, as a user whose git has no identity and who has no terminal."""
+    def environment(self, **changes: str) -> dict[str, str]:
+        """The environment of a user whose git has no identity."""
         home = self.folder / ".home"
         home.mkdir(exist_ok=True)
-        env = {
+        return {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"]),
             "HOME": str(home),
             "GIT_CONFIG_NOSYSTEM": "1",
@@ -233,12 +235,28 @@ class Project:
             "OMP_NUM_THREADS": "1",
             # What activating the environment lends a user whom git does not know (see the Makefile).
             **{f"GIT_{who}_{what}": "nobody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
-            **environment,
+            **changes,
         }
+
+    def start(self, *command: str, output: int | IO = subprocess.PIPE) -> subprocess.Popen:
+        """Start `python -m command` as the head of a process group, as a terminal does; its errors go to its output."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=self.folder,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        """Run `python -m command` in the project, without a terminal."""
         result = subprocess.run(
             [sys.executable, "-m", *command],
             cwd=self.folder,
-            env=env,
+            env=self.environment(**environment),
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -248,6 +266,15 @@ class Project:
         return result
 
 
+def make_tiny(project: Project, tiny_llama: Path) -> Project:
+    """Give `project` a tiny Llama and 40 small trees, so that a whole `dvc repro` takes a minute."""
+    shutil.copytree(tiny_llama, project.folder / "data/local/tiny")
+    write_jsonl(project.folder / "data/local/trees.jsonl", small_trees(40))
+    project.set(**TINY)
+    project.commit("tiny recipe")
+    return project
+
+
 @pytest.fixture
 def project(tmp_path) -> Project:
     return Project(tmp_path / "a project")  # a space in the path, as some have
@@ -255,12 +282,7 @@ def project(tmp_path) -> Project:
 
 @pytest.fixture
 def tiny_project(project, tiny_llama) -> Project:
-    """A project whose parameters name a tiny Llama and 40 small trees, so that a whole `dvc repro` takes a minute."""
-    shutil.copytree(tiny_llama, project.folder / "data/local/tiny")
-    write_jsonl(project.folder / "data/local/trees.jsonl", small_trees(40))
-    project.set(**TINY)
-    project.commit("tiny recipe")
-    return project
+    return make_tiny(project, tiny_llama)
 
 
 @pytest.fixture(scope="session")

@@ -524,7 +524,7 @@ STATES = {
     "base, of other sizes": (
         "train",
         lambda p: edit_json(p / "models/base/config.json", intermediate_size=96),
-        "by config.json [64, 96]: they are of two models",
+        "by config.json [64, 96]: two models",
     ),
     "adapter, its record gone": ("merge", unlink("models/adapter/training.json"), "training.json is missing"),
     "adapter, its record edited": ("merge", rewrite("models/adapter/training.json", "{}"), "has no params"),

@@ -1,0 +1,62 @@
+"""Run `dvc repro` alone in this folder, after mending what a killed one may have left half-written.
+
+DVC's other locks end with their process. These two files it writes in place, and would stumble over afterwards.
+Run: `python -m stages.repro` (and what `dvc repro` takes); `make all` does.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages.alone import hold
+from stages.common.errors import StageError, run_stage
+
+RWLOCK = Path(".dvc/tmp/rwlock")
+LOCK = Path("dvc.lock")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of DVC's is absent, or was written to its end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path == RWLOCK else YAML(typ="safe").load(text)
+    except FileNotFoundError:
+        return True
+    except (ValueError, YAMLError):
+        return False
+    return isinstance(content, dict)
+
+
+def mend() -> None:
+    """Put half-written files of DVC's aside. Raises StageError for a dvc.lock that somebody else broke."""
+    for path, what in (
+        (RWLOCK, "DVC starts another"),
+        (LOCK, "DVC writes it anew, from its cache of runs where it can"),
+    ):
+        if is_whole(path):
+            continue
+        time.sleep(0.5)  # a `dvc` started by hand may be writing it just now
+        if is_whole(path):
+            continue
+        if b"<<<<<<<" in path.read_bytes():
+            raise StageError(
+                f"{path} holds a merge conflict. Choose a side: git checkout --ours {path}, then dvc repro."
+            )
+        aside = RWLOCK.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        print(f"{path} was not written to its end, and is now {aside}: {what}.", flush=True)
+
+
+def main() -> None:
+    hold()
+    mend()
+    os.execv(sys.executable, [sys.executable, "-m", "dvc", "repro", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,153 @@
+"""Run the pipeline twice from nothing, in two other folders, and compare every output with each other and with git.
+
+Reads the project as it stands; writes only to temporary folders (about 3 GB for the embedded recipe). Fails and names
+the first output that differs between the two runs. Against the run that dvc.lock records the same bits are expected on
+the same kind of machine; on another, a loss curve within 1e-3 nats a token. Run: `make verify`
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+from stages.common.errors import StageError, run_stage
+
+LOCK = Path("dvc.lock")
+LOSS = Path("reports/loss")
+METRICS = Path("reports/metrics.json")
+TOLERANCE = 1e-3  # nats a token
+FOLDERS = ("first", "a second, with a longer name")
+
+
+def read_lock(folder: Path) -> dict[str, Any]:
+    """The stages of a folder's dvc.lock, in the order of the pipeline; none where there is no such file."""
+    path = folder / LOCK
+    if not path.is_file():
+        return {}
+    stages = YAML(typ="safe").load(path.read_text(encoding="utf-8"))["stages"]
+    order = list(YAML(typ="safe").load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    return {name: stages[name] for name in order if name in stages}
+
+
+def outputs(stages: dict[str, Any]) -> dict[str, str]:
+    """The md5 of every output, by path, in the order of the stages."""
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+
+
+def first_difference(first: Path, second: Path) -> str | None:
+    """The first output, in the order of the stages, that differs between two folders; inside it, the first file."""
+    ours, theirs = outputs(read_lock(first)), outputs(read_lock(second))
+    for path in ours | theirs:
+        if ours.get(path) == theirs.get(path):
+            continue
+        names = {p.relative_to(folder / path) for folder in (first, second) for p in (folder / path).rglob("*")}
+        for name in sorted(names):
+            a, b = first / path / name, second / path / name
+            if not a.is_dir() and not (a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()):
+                return f"{path}/{name}"
+        return path
+    return None
+
+
+def same_question(recorded: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether two runs had the same parameters and code; other data and models between the stages may follow."""
+
+    def asked(stages: dict[str, Any]) -> list[Any]:
+        made = outputs(stages)
+        deps = [
+            (dep["path"], dep["md5"])
+            for stage in stages.values()
+            for dep in stage.get("deps", [])
+            if not any(dep["path"] == out or dep["path"].startswith(f"{out}/") for out in made)
+        ]
+        return [deps, [stage.get("params") for stage in stages.values()]]
+
+    return asked(recorded) == asked(found)
+
+
+def largest_gap(recorded: Path, found: Path) -> float:
+    """The largest difference of loss (nats a token) between two folders: on the held-out data and, where both have
+    them, on the curves of training. Infinite when their steps are others."""
+    gaps = [0.0]
+    if (recorded / METRICS).is_file() and (found / METRICS).is_file():
+        ours, theirs = (json.loads((folder / METRICS).read_text(encoding="utf-8")) for folder in (recorded, found))
+        gaps += [abs(ours[model]["loss"] - theirs[model]["loss"]) for model in ("base", "tuned")]
+    for split in ("train", "validation"):
+        if (recorded / LOSS / f"{split}.csv").is_file() and (found / LOSS / f"{split}.csv").is_file():
+            a, b = (pd.read_csv(folder / LOSS / f"{split}.csv") for folder in (recorded, found))
+            gaps.append(float((a["loss"] - b["loss"]).abs().max()) if a["step"].equals(b["step"]) else float("inf"))
+    return max(gaps)
+
+
+def verdict(recorded: Path, found: Path) -> str:
+    """What to say of a run beside the recorded one. Raises StageError when they differ by more than machines do."""
+    ours, theirs = read_lock(recorded), read_lock(found)
+    ours = {name: stage for name, stage in ours.items() if name in theirs}
+    if not ours:
+        return "There is no recorded run to compare with (dvc.lock)."
+    if not same_question(ours, theirs):
+        return "The run in dvc.lock was made with other parameters, code or data: `dvc repro` records one of these."
+    different = [path for path, md5 in outputs(ours).items() if outputs(theirs).get(path) != md5]
+    if not different:
+        return "The run in dvc.lock has the same bits, too."
+    gap = largest_gap(recorded, found)
+    if not gap <= TOLERANCE:
+        raise StageError(
+            f"the loss differs by {gap:.4f} nats a token from the run in dvc.lock, more than the {TOLERANCE} of another "
+            f"machine. The first output that differs is {different[0]}: look there, then run `make lock` or `make setup`."
+        )
+    return (
+        f"The run in dvc.lock has other bits from {different[0]} on, as it was made on another machine; its losses are "
+        f"the same within {TOLERANCE} nats a token (largest difference {gap:.6f}): it is the same run."
+    )
+
+
+def copy_project(source: Path, target: Path) -> None:
+    """What git has or would take of `source`, as it stands, in a clone without any output, cache or record."""
+    subprocess.run(["git", "clone", "--quiet", str(source), str(target)], check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    ).stdout
+    for name in filter(None, listed.decode().split("\0")):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+    for name in [LOCK, *outputs(read_lock(source))]:
+        path = target / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def main() -> None:
+    source, targets = Path.cwd(), sys.argv[1:]  # stages to run to, as `dvc repro` takes them; none: all
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        runs = [Path(folder) / name for name in FOLDERS]
+        for number, run in enumerate(runs, 1):
+            print(f"verify: run {number} of {len(runs)}, from nothing, in {run}", flush=True)
+            copy_project(source, run)
+            result = subprocess.run([sys.executable, "-m", "dvc", "repro", *targets], cwd=run, env=environment)
+            if result.returncode:
+                raise StageError(f"run {number} did not come to its end: see above. Mend that, then `make verify`.")
+        if different := first_difference(*runs):
+            raise StageError(
+                f"{different} differs between two runs from nothing on this machine: its stage is not repeatable. "
+                "Look for a seed, an order or a date there; outputs before it are the same."
+            )
+        print(f"verify: two runs from nothing gave the same {len(outputs(read_lock(runs[0])))} outputs, bit for bit.")
+        print(f"verify: {verdict(source, runs[0])}")
+
+
+if __name__ == "__main__":
+    run_stage(main, network=True)

@@ -1,0 +1,250 @@
+"""What the world does to a run: kills, signals, a full disk, a second run beside it. Nothing is lost or mended by hand."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kills import locked_outputs, run_with_kills
+
+from stages.common.artifacts import digest_files
+
+pytestmark = pytest.mark.slow
+STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate"]
+
+
+def stages_run(said: str) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", said)
+
+
+# Kills -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_few_kills_change_nothing(tiny_project):
+    where, compared = run_with_kills(tiny_project, 3, 5, "prepare", longest=6)
+    assert where.total() == 3 and compared >= 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_fifty_kills_change_nothing(tiny_project):
+    where, compared = run_with_kills(tiny_project, 50, 1)
+    assert where.total() == 50 and compared >= 1 and len(where) >= 5, where
+
+
+def test_what_a_kill_leaves_of_dvcs_own_files_is_mended(tiny_project):
+    folder = tiny_project.folder
+    tiny_project.run("dvc", "repro", "prepare")
+    whole = locked_outputs(folder)
+    for damaged in ("", (folder / "dvc.lock").read_text()[:300]):
+        (folder / "dvc.lock").write_text(damaged)
+        (folder / ".dvc/tmp/rwlock").write_text('{"read": {"')
+        again = tiny_project.run("stages.repro", "prepare").stdout
+        assert "rwlock was not written to its end" in again
+        assert "dvc.lock was not written to its end" in again
+        assert stages_run(again) == [] and locked_outputs(folder) == whole  # DVC's cache of runs has it all
+    (folder / "dvc.lock").write_text("<<<<<<< HEAD\na: 1\n=======\n")
+    refused = tiny_project.run("stages.repro", check=False)
+    assert refused.returncode == 1 and "error: dvc.lock holds a merge conflict" in refused.stderr
+
+
+# Signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_repro_saves_its_step_and_goes_on(tiny_project, number):
+    folder = tiny_project.folder
+    tiny_project.set(max_steps=60, save_steps=4, eval_steps=30)
+    tiny_project.run("dvc", "repro", "train")
+    unbroken = [digest_files([folder / name]) for name in ("models/adapter", "reports/loss")]
+    for name in ("models/adapter", "reports/loss", ".dvc/cache", "dvc.lock"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    tiny_project.run("dvc", "repro", "tokenize")
+    # As a terminal does it: to DVC and its stage together.
+    process = tiny_project.start("dvc", "repro", "train")
+    end = time.monotonic() + 300
+    while not list(folder.glob("models/checkpoints/*/checkpoint-8")) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode != 0 and "Traceback" not in said
+    line = next(line for line in said.splitlines() if line.startswith("error:"))
+    stopped = re.fullmatch(
+        rf"error: stopped by {number.name} after step (\d+) of 60, .*`dvc repro` goes on from there.", line
+    )
+    assert stopped, line
+    assert (folder / "models/adapter").exists() is False
+    resumed = tiny_project.run("dvc", "repro", "train").stdout
+    assert f"checkpoint-{stopped[1]}\n" in resumed
+    assert [digest_files([folder / name]) for name in ("models/adapter", "reports/loss")] == unbroken
+    assert not (folder / "models/checkpoints").exists()
+
+
+def test_a_stage_that_is_stopped_clears_up_and_says_so(tiny_project):
+    process = tiny_project.start("stages.fetch")
+    end = time.monotonic() + 120
+    while not list(tiny_project.folder.glob("*/.*.partial")) and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "error: stopped before the end; no output was touched. `dvc repro` goes on."
+    assert not list(tiny_project.folder.glob("*/.*.partial"))
+
+
+# A full disk -----------------------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def small_disk():
+    """A disk of 48 MiB that only the commands run through it see; and it, as this process sees it."""
+    command = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        "mount -t tmpfs -o size=48m tmpfs /mnt && echo ready && exec sleep 3600",
+    ]
+    try:
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if holder.stdout is None or holder.stdout.readline() != "ready\n":
+        pytest.skip("a disk may not be mounted here: run as root")
+    yield SmallDisk(holder.pid)
+    holder.kill()
+    holder.wait()
+
+
+class SmallDisk:
+    def __init__(self, pid: int) -> None:
+        self.pid, self.path = pid, Path(f"/proc/{pid}/root/mnt")
+
+    def fill(self, room: int) -> None:
+        """Leave `room` bytes."""
+        free = os.statvfs(self.path).f_bavail * os.statvfs(self.path).f_frsize
+        with (self.path / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, free - room))
+
+    def empty(self) -> None:
+        (self.path / "filler").unlink()
+
+    def run(self, project, *module: str) -> subprocess.CompletedProcess:
+        command = ["nsenter", f"--target={self.pid}", "--mount", "--wd=/mnt/project", sys.executable, "-m", *module]
+        return subprocess.run(command, env=project.environment(), capture_output=True, text=True)
+
+
+def everything(folder: Path) -> str:
+    return digest_files([folder / name for name in ("data", "models", "reports") if (folder / name).exists()])
+
+
+@pytest.mark.parametrize(
+    "stages", [pytest.param(STAGES[:2], id="first stages"), pytest.param(STAGES, id="all", marks=pytest.mark.long)]
+)
+def test_a_full_disk_is_one_line_and_loses_nothing(stages, tiny_project, small_disk):
+    for stage in stages:
+        tiny_project.run(f"stages.{stage}")
+    folder = small_disk.path / "project"
+    shutil.copytree(tiny_project.folder, folder, ignore=shutil.ignore_patterns(".git", ".home", "__pycache__"))
+    before = everything(folder)
+    for stage in stages:
+        # With no room at all, and with room for the beginning of what it writes.
+        for room in (0, 64 << 10) if stage != "prepare" else (0,):
+            small_disk.fill(room)
+            result = small_disk.run(tiny_project, f"stages.{stage}")
+            said = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+            assert result.returncode == 1 and len(said) == 1, (stage, room, result.stderr[-3000:])
+            assert "the disk is full. Free some space" in said[0] and "Traceback" not in result.stderr
+            assert not list(folder.rglob(".*.partial")) and not list(folder.glob("models/checkpoints/*/*")), stage
+            shutil.rmtree(folder / "models/checkpoints", ignore_errors=True)
+            assert everything(folder) == before, (stage, room)
+            small_disk.empty()
+        again = small_disk.run(tiny_project, f"stages.{stage}")
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert everything(folder) == before
+
+
+# Two at once -----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_runs_at_once_the_second_waits(tiny_project):
+    both = [tiny_project.start("stages.repro", "prepare") for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(stages_run(text) for text in said) == [[], ["fetch", "prepare"]]
+    assert sum("another make is at work in this folder: waiting" in text for text in said) == 1
+
+
+def test_a_dvc_beside_it_is_refused_by_dvcs_lock(tiny_project):
+    first = tiny_project.start("dvc", "repro", "fetch")
+    assert first.stdout is not None
+    while "stages.fetch" not in first.stdout.readline():
+        pass
+    second = tiny_project.run("dvc", "repro", "fetch", check=False)
+    assert second.returncode != 0
+    assert re.search("is busy, it is being blocked by|Unable to acquire lock", second.stderr), second.stderr
+    first.communicate(timeout=300)
+    assert first.returncode == 0
+
+
+def test_of_two_set_ups_at_once_only_one_installs(project):
+    (project.folder / "requirements.lock").write_text("# nothing\n")
+    env = project.environment()
+    both = [
+        subprocess.Popen(
+            ["make", "setup"], cwd=project.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "".join(said).count("Installing") == 1, said
+    assert (project.folder / ".venv/installed").exists()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_experiments_beside_each_other_do_not_disturb_each_other(tiny_project):
+    tiny_project.run("dvc", "repro", "tokenize")
+    tiny_project.commit("tokenised")
+    alone = {}
+    for steps in (2, 3):
+        result = tiny_project.run("dvc", "exp", "run", "--temp", "--name", f"alone-{steps}", "-S", f"max_steps={steps}")
+        assert stages_run(result.stdout)[-1] == "evaluate"
+    shutil.rmtree(tiny_project.folder / ".dvc/cache/runs", ignore_errors=True)
+    for steps in (2, 3):
+        tiny_project.run("dvc", "exp", "run", "--queue", "--name", f"queued-{steps}", "-S", f"max_steps={steps}")
+    tiny_project.run("dvc", "queue", "start", "--jobs", "2")
+    aside = tiny_project.run(
+        "dvc", "exp", "run", "--temp", "--name", "aside", "-S", "max_steps=1", "-S", "save_steps=1", check=False
+    )
+    assert aside.returncode == 0, aside.stderr[-2000:]
+    end = time.monotonic() + 1800
+    while time.monotonic() < end and re.search("Running|Queued", tiny_project.run("dvc", "queue", "status").stdout):
+        time.sleep(5)
+    status = tiny_project.run("dvc", "queue", "status").stdout
+    assert status.count("Success") == 2, status
+
+    def lock(name: str) -> str:
+        refs = subprocess.run(
+            ["git", "for-each-ref", "--format=%(refname)", "refs/exps"],
+            cwd=tiny_project.folder, capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        ref = next(ref for ref in refs if ref.endswith(f"/{name}"))
+        return subprocess.run(
+            ["git", "show", f"{ref}:dvc.lock"], cwd=tiny_project.folder, capture_output=True, text=True, check=True
+        ).stdout
+
+    alone = {steps: lock(f"alone-{steps}") for steps in (2, 3)}
+    assert alone[2] != alone[3]
+    assert {steps: lock(f"queued-{steps}") for steps in (2, 3)} == alone
+    assert not (tiny_project.folder / "models/adapter").exists()
