@@ -59,11 +59,14 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, precision, near,
 
 @pytest.mark.slow
 def test_the_same_bytes_twice_and_other_bytes_by_other_parameters(source, tmp_path, monkeypatch):
+    start = {"export_block_size": 32}
     changes = [{}, {}, {"export_block_size": 16}, {"export_symmetric": True}, {"export_accuracy_level": 1}]
     changes += [{"export_method": "k_quant"}, {"export_int8_layers": ["o_proj"]}]
     digests = []
     for i, change in enumerate(changes):
-        build(source.folder, tmp_path / str(i) / "onnx", export_params(monkeypatch, source.recipe, **change))
+        build(
+            source.folder, tmp_path / str(i) / "onnx", export_params(monkeypatch, source.recipe, **{**start, **change})
+        )
         digests.append(digest_files([tmp_path / str(i) / "onnx"]))
     assert digests[0] == digests[1]
     assert len(set(digests)) == len(digests) - 1
@@ -84,7 +87,7 @@ def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path
     prompts = [x[:5] for x in ids]
     answers = greedy_answers(model, tokenizer, prompts)
     assert exported.agreement(prompts, answers) == 1
-    wrong = [[(token + 1) % 300 for token in answer] for answer in answers]
+    wrong = [list(range(100, 100 + len(answer))) for answer in answers]  # so small a model says one token over and over
     assert exported.agreement(prompts, wrong) < 0.2
 
 
