@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from voluptuous import Invalid
 
 from stages.alone import hold
 from stages.common.errors import StageError, run_stage
@@ -22,14 +23,20 @@ LOCK = Path("dvc.lock")
 
 def is_whole(path: Path) -> bool:
     """Whether a file of DVC's is absent, or was written to its end."""
+    from dvc.rwlock import SCHEMA
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path == RWLOCK else YAML(typ="safe").load(text)
+        if path == RWLOCK:
+            SCHEMA(json.loads(text))
+        else:
+            COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(text))
     except FileNotFoundError:
         return True
-    except (ValueError, YAMLError):
+    except (ValueError, YAMLError, Invalid):
         return False
-    return isinstance(content, dict)
+    return True
 
 
 def mend() -> None:

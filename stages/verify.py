@@ -100,8 +100,9 @@ def verdict(recorded: Path, found: Path) -> str:
     gap = largest_gap(recorded, found)
     if not gap <= TOLERANCE:
         raise StageError(
-            f"the loss differs by {gap:.4f} nats a token from the run in dvc.lock, more than the {TOLERANCE} of another "
-            f"machine. The first output that differs is {different[0]}: look there, then run `make lock` or `make setup`."
+            f"the loss differs by {gap:.4f} nats a token from the run in dvc.lock, more than {TOLERANCE}: another "
+            f"machine is no reason. The first output that differs is {different[0]}: look there. "
+            "The packages of the recorded run are in requirements.lock."
         )
     return (
         f"The run in dvc.lock has other bits from {different[0]} on, as it was made on another machine; its losses are "
@@ -124,8 +125,8 @@ def copy_project(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
         else:
             (target / name).unlink(missing_ok=True)
-    for name in [LOCK, *outputs(read_lock(source))]:
-        path = target / name
+    for made in [str(LOCK), *outputs(read_lock(source))]:
+        path = target / made
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -39,7 +39,7 @@ def start_anew(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def run_with_kills(project: Any, kills: int, seed: int, *target: str, longest: float = 20) -> tuple[Counter, int]:
+def run_with_kills(project: Any, kills: int, seed: int, *target: str, longest: float = 30) -> tuple[Counter, int]:
     """Run `project` to its end again and again until it was killed `kills` times; its outputs must always be the same.
 
     A kill comes after up to `longest` seconds, at a moment drawn from `seed`. Returns in which stage the kills fell

@@ -1,6 +1,7 @@
 """A DVC remote on S3: one pushes, another clones and pulls, and has nothing to run. The S3 is moto's, on loopback."""
 
 import subprocess
+from urllib.request import Request, urlopen
 
 import pytest
 from conftest import Project
@@ -20,20 +21,13 @@ KEYS = {
 @pytest.fixture
 def s3():
     """The address of an S3 with an empty bucket `team`."""
-    import boto3
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
-    boto3.client(
-        "s3",
-        endpoint_url=address,
-        region_name="us-east-1",
-        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-    ).create_bucket(Bucket="team")
+    urlopen(Request(f"{address}/team", method="PUT")).close()
     yield address
     server.stop()
 
@@ -67,5 +61,5 @@ def test_without_keys_it_is_refused_and_nothing_is_lost(committed_project, s3): 
     ours.run("dvc", "remote", "modify", "team", "endpointurl", s3)
     before = digest_files([ours.folder / name for name in MADE])
     refused = ours.run("dvc", "push", check=False, AWS_EC2_METADATA_DISABLED="true")
-    assert refused.returncode != 0 and "Unable to find AWS credentials" in refused.stderr
+    assert refused.returncode != 0 and "credentials" in refused.stderr
     assert digest_files([ours.folder / name for name in MADE]) == before
