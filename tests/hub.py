@@ -28,8 +28,9 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], tuple[str, Path]] = {}
         self.gated: set[str] = set()
-        self.faults: Counter[str] = Counter()  # "503" or "cut": how often yet
+        self.faults: Counter[str] = Counter()  # "503", "cut" or "damaged": how often yet
         self.requests: list[str] = []
+        self.authorizations: set[str] = set()
         self.address = ""
         self.storage = Path()  # where repositories that clients make are kept
         self.users: dict[str, str] = {}  # token -> who it belongs to; one may write only to repositories of one's own
@@ -105,6 +106,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
+            hub.authorizations.add(self.headers.get("Authorization") or "")
             if hub.take_fault("503"):
                 self.reply(503, {"error": "busy"})
             elif path == "/api/whoami-v2":
@@ -254,6 +256,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command == "HEAD":
                 return
+            if len(part) > 10_000 and hub.take_fault("damaged"):
+                part = part[:-1] + bytes([part[-1] ^ 1])
             if len(part) > 10_000 and hub.take_fault("cut"):
                 self.wfile.write(part[: len(part) // 2])
                 self.wfile.flush()

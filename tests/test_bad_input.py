@@ -196,6 +196,7 @@ def good_rows(folder):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_a_bad_row_is_counted_and_skipped_up_to_the_bound(case, folder, good_rows, capsys):
     row, said = BAD_ROWS[case]
@@ -392,6 +393,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_that_cannot_be_used_is_refused_when_it_is_fetched(case, folder, tiny_llama, capsys):
     damage, said = MODELS[case]

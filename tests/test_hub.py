@@ -59,6 +59,10 @@ def repositories(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("hub")
     model = save_phi(folder / "phi-2")
     (model / "README.md").write_text("---\nlicense: mit\n---\n# A small Phi\n")
+    config = json.loads((model / "config.json").read_text())
+    # Offered, never taken: transformers knows this type itself.
+    config["auto_map"] = {"AutoConfig": "modeling_phi.Config", "AutoModelForCausalLM": "modeling_phi.Model"}
+    (model / "config.json").write_text(json.dumps(config))
     (model / "modeling_phi.py").write_text("raise SystemExit('code of a repository was run')\n")
     (model / "pytorch_model.bin").write_bytes(b"pickle")
     data = folder / "oasst1"
@@ -211,6 +215,24 @@ def test_a_busy_hub_and_a_cut_connection_are_tried_again(reference, hub):
     run("stages.fetch")
     assert not +hub.faults
     assert (project.folder / "models/base/model.safetensors").is_file()
+
+
+def test_a_damaged_download_is_refused_and_fetched_again(reference, hub):
+    project, run = reference
+    hub.faults["damaged"] = 1
+    assert "does not have the hub's hash" in failed_fetch(reference)
+    run("stages.fetch")
+    assert (project.folder / "models/base/model.safetensors").is_file()
+
+
+def test_a_token_is_sent_to_the_hub_and_written_nowhere(reference, hub):
+    project, run = reference
+    result = run("dvc", "repro", "fetch", HF_TOKEN="hf_secret_of_the_test")
+    assert "Bearer hf_secret_of_the_test" in hub.authorizations
+    assert "hf_secret" not in result.stdout + result.stderr
+    for path in project.folder.rglob("*"):
+        if path.is_file():
+            assert b"hf_secret" not in path.read_bytes(), path
 
 
 def test_a_hub_that_stays_away_is_one_line(reference, hub):

@@ -55,6 +55,7 @@ def test_who_pulls_has_nothing_to_run(committed_project, s3, tmp_path):  # noqa:
     assert made[0] == made[1]
 
 
+@pytest.mark.long
 def test_without_keys_it_is_refused_and_nothing_is_lost(committed_project, s3):  # noqa: F811
     ours = committed_project
     ours.run("dvc", "remote", "add", "--default", "team", "s3://team/chat")

@@ -10,6 +10,7 @@
 A new kind of source is one more subclass of `Source`, listed in `SCHEMES`.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -56,6 +57,12 @@ class Source(ABC):
         """Put the files into the folder `destination` (created). Raises StageError; never leaves a wrong file."""
 
 
+def git_sha1(path: Path) -> str:
+    """SHA-1 by which git names a file's content (hex)."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
 class HubSource(Source):
     """A repository of the Hugging Face hub, or one file of it."""
 
@@ -84,6 +91,7 @@ class HubSource(Source):
                 self._fetch_model(destination)
             else:
                 self._fetch_dataset(destination)
+            self._check_hashes(kind)
 
     def config(self) -> dict[str, Any]:
         """The config.json of a model repository, downloaded alone. Raises StageError, as `fetch` does."""
@@ -121,7 +129,32 @@ class HubSource(Source):
                 f"{where} could not be downloaded ({first_line(error)}). Check the network, try again."
             ) from None
         except (ValueError, RuntimeError, DatasetsError) as error:
+            self._check_hashes(kind)
             raise StageError(f"{where} cannot be read as a {kind} ({first_line(error)}).") from None
+
+    def _check_hashes(self, kind: Kind) -> None:
+        """Raise StageError, and forget the file, when what was downloaded is not what the hub's hash says.
+
+        The hub's cache names each file by its hash: SHA-256, or for small ones git's SHA-1.
+        """
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.file_download import repo_folder_name
+
+        repository = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.repository, repo_type=kind)
+        for file in sorted((repository / "snapshots" / str(self.revision)).rglob("*")):
+            if file.is_symlink() and (blob := file.resolve()).is_file():
+                wanted = blob.name
+                if wanted != (sha256_file(blob) if len(wanted) == 64 else git_sha1(blob)):
+                    blob.unlink()
+                    file.unlink()
+                    if kind == "dataset":  # what was read from it may be kept, too
+                        from datasets.config import HF_DATASETS_CACHE
+
+                        shutil.rmtree(Path(HF_DATASETS_CACHE) / self.repository.replace("/", "___"), ignore_errors=True)
+                    raise StageError(
+                        f"{self.text}: {file.name} does not have the hub's hash, {wanted}: the download was damaged. "
+                        "Nothing was kept; run `dvc repro` again."
+                    )
 
     def _fetch_model(self, destination: Path) -> None:
         from huggingface_hub import snapshot_download
