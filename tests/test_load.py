@@ -58,6 +58,7 @@ def paced(engine):
         yield address
 
 
+@pytest.mark.long
 def test_32_clients_at_once_are_all_answered(running):
     async def scenario(client):
         return await asyncio.gather(*(ask(client, key) for key in range(32)))
@@ -81,6 +82,7 @@ def test_beyond_its_places_it_says_busy_and_when_to_come_again(paced):
         assert response.json()["error"]["code"] == "server_busy"
 
 
+@pytest.mark.long
 def test_a_greedy_client_does_not_starve_another(paced):
     async def scenario(client):
         async def timed(key, **options):
@@ -102,6 +104,7 @@ def test_a_greedy_client_does_not_starve_another(paced):
     assert {status for _, status, _ in greedy} == {200, 429}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_the_model_within_a_second(paced, stream):
     async def scenario(client):
@@ -122,6 +125,7 @@ def test_a_client_that_goes_away_frees_the_model_within_a_second(paced, stream):
     assert wait_until(lambda: idle(paced)) < 1
 
 
+@pytest.mark.long
 def test_a_client_that_never_reads_holds_nobody_up(paced):
     with (
         httpx.Client(base_url=paced, timeout=60) as lazy,
@@ -171,6 +175,7 @@ def test_hostile_requests_get_a_4xx_and_harm_nobody(running):
     wait_until(lambda: idle(address))
 
 
+@pytest.mark.long
 def test_memory_is_bounded_over_500_requests(running):
     address, process = running
 
