@@ -77,7 +77,7 @@ def train_dtype(params: Params) -> str:
 def peaks(config: "PretrainedConfig", params: Params, tokens: int, on_gpu: bool) -> dict[str, int]:
     """Peak memory (bytes) of each stage that loads the model; `tokens`: a batch's longest conversation.
 
-    It is resident memory on a CPU; with `on_gpu` that of train is what it takes of the card.
+    It is resident memory on a CPU; with `on_gpu` what all but export take of the card.
     """
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
     stored = file_dtype(config)
@@ -98,20 +98,27 @@ def peaks(config: "PretrainedConfig", params: Params, tokens: int, on_gpu: bool)
     dequantised = shape.largest_linear * memory.dtype_bytes(dtype) if four_bit else 0
     working = max(step, scoring) + dequantised
     weights = memory.weight_bytes(shape, dtype, four_bit, double)
-    if on_gpu:
-        train = memory.CUDA_CONTEXT + weights + adapter + working
-    else:
-        train = max(
-            memory.load_peak(shape, dtype, stored, four_bit),
-            memory.LIBRARIES + weights + adapter + round(memory.FRAGMENTATION * working),
-        )
-    merge = memory.load_peak(shape, "float32", stored, load_in_4bit=False) + shape.adapter * 4
+    merged = memory.weight_bytes(shape, "float32", False, False) + shape.adapter * 4
     if params.merge_base == "dequantized":
-        merge += memory.weight_bytes(shape, "float32", True, double)
+        merged += memory.weight_bytes(shape, "float32", True, double)
+    evaluated = memory.weight_bytes(shape, params.eval_dtype, False, False)
+    # Export runs on the CPU: the builder holds the model in float32 and what it makes of it.
+    export = memory.LIBRARIES + round(memory.EXPORTING * shape.parameters * 4)
+    if on_gpu:
+        return {
+            "train": memory.CUDA_CONTEXT + weights + adapter + working,
+            "merge": memory.CUDA_CONTEXT + merged,
+            "evaluate": memory.CUDA_CONTEXT + evaluated + scoring,
+            "export": export,
+        }
+    step_peak = memory.LIBRARIES + weights + adapter + round(memory.FRAGMENTATION * working)
     mapped = shape.parameters * memory.dtype_bytes(stored)
-    evaluated = memory.LIBRARIES + memory.weight_bytes(shape, params.eval_dtype, False, False)
-    evaluate = evaluated + max(mapped, round(memory.FRAGMENTATION * scoring))
-    return {"train": train, "merge": merge, "evaluate": evaluate}
+    return {
+        "train": max(memory.load_peak(shape, dtype, stored, four_bit), step_peak),
+        "merge": memory.LIBRARIES + merged + (mapped if stored != "float32" else 0),
+        "evaluate": memory.LIBRARIES + evaluated + max(mapped, round(memory.FRAGMENTATION * scoring)),
+        "export": export,
+    }
 
 
 def disk(config: "PretrainedConfig", params: Params, download: int | None) -> dict[str, int]:
@@ -119,6 +126,8 @@ def disk(config: "PretrainedConfig", params: Params, download: int | None) -> di
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
     base = shape.parameters * memory.dtype_bytes(file_dtype(config))
     outputs = base + shape.parameters * memory.dtype_bytes(params.merge_dtype) + shape.adapter * 4
+    exported = {"int4": 1, "int8": 1, "fp16": 2, "fp32": 4}[params.export_precision]  # at most: int4 keeps some in int8
+    outputs += shape.parameters * exported * (1 + params.export_base)
     return {
         "download": base if download is None else download,
         "outputs": outputs,
@@ -209,8 +218,10 @@ def main() -> None:
     values, found, download = find_config(params.base_model, params.base_model_revision)
     config = configuration(values)
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
-    if not shape.adapter:
-        raise StageError(f"target_modules: the base model has none of {', '.join(params.target_modules)}.")
+    names = memory.linear_names(config)
+    if wrong := [target for target in params.target_modules if target not in names]:
+        have = f"Choose from {', '.join(names)}" if names else "It has no linear layers that LoRA could adapt"
+        raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. {have}.")
     problems = []
 
     def fits(needed: int, there: int) -> str:
@@ -225,7 +236,8 @@ def main() -> None:
     seen = params.max_steps * params.per_device_train_batch_size * params.gradient_accumulation_steps
     print(f"  training   {params.max_steps} steps, {seen:,} conversations, at most {seen * params.max_length:,} tokens")
     tokens = mean = params.max_length
-    if (TOKENIZED / "train.parquet").is_file() and found == str(BASE):
+    made_with = read_json(TOKENIZED / "params.json") if (TOKENIZED / "params.json").is_file() else {}
+    if made_with.get("max_length") == params.max_length and found == str(BASE):
         lengths = read_parquet(TOKENIZED / "train.parquet")["length"]
         tokens, mean = int(lengths.max()), round(lengths.mean())
         print(
@@ -237,7 +249,7 @@ def main() -> None:
     on_gpu = machine.gpu is not None
     for stage, peak in peaks(config, params, tokens, on_gpu).items():
         there, where = machine.memory, ""
-        if machine.gpu is not None and stage == "train":
+        if machine.gpu is not None and stage != "export":
             there, where = machine.gpu, " on the GPU (by formula, unmeasured)"
         print(f"  {stage:10} {peak / GIB:5.1f}   {fits(peak, there)}{where}")
         if peak > there:
@@ -295,8 +307,8 @@ def nearest(config: "PretrainedConfig", params: Params, machine: Machine, tokens
     for said, changed in [("", params), *smaller(params)]:
         longest = min(tokens, changed.max_length)
         need = peaks(config, changed, longest, machine.gpu is not None)
-        train = need.pop("train")
-        if max(need.values()) <= machine.memory and train <= (machine.gpu or machine.memory):
+        export = need.pop("export")
+        if export <= machine.memory and max(need.values()) <= (machine.gpu or machine.memory):
             return [f"The nearest change that fits: {', '.join(filter(None, [first, said]))}"] if first or said else []
     return ["No smaller setting of this model fits. Take the small recipe: make recipe NAME=smollm2-cpu"]
 

@@ -38,6 +38,7 @@ REQUIRED = ("message_id", "text", "role")
 OASST1 = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
 KNOWN_COUNTS = {
     ("OpenAssistant/oasst1", OASST1): (88_838, 10_364),
+    ("OpenAssistant/oasst1/2023-04-12_oasst_ready.trees.jsonl.gz", OASST1): (88_838, 10_364),
     ("OpenAssistant/oasst1/2023-04-12_oasst_all.trees.jsonl.gz", OASST1): (161_443, 66_497),
 }
 SPLITS = ("train", "validation", "test")
@@ -556,9 +557,9 @@ def prepare(
         messages = _only_used(messages, list(chosen), funnel, "near_duplicate", len(kept) - len(chosen))
         kept = [ids for ids in kept if ids in chosen]
 
-    # A held-out question must be new to the model, even where its answers differ.
+    # A held-out question must be new to the model, even where its answers differ or it comes up in mid-conversation.
     questions = {normalised(text[ids[0]]) for ids in kept if in_validation(ids)}
-    clean = [ids for ids in kept if in_validation(ids) or normalised(text[ids[0]]) not in questions]
+    clean = [ids for ids in kept if in_validation(ids) or not questions & {normalised(text[i]) for i in ids[::2]}]
     messages = _only_used(messages, clean, funnel, "question_is_held_out", len(kept) - len(clean))
     kept = clean
     train = [ids for ids in kept if not in_validation(ids)]
@@ -589,6 +590,8 @@ def prepare(
                 f"no conversation is left for {name}: {len(kept)} of {funnel.read['trees']} trees passed the filters. "
                 "Loosen the filters or change validation_fraction in params.yaml."
             )
+        distinct = list(dict.fromkeys(members))  # a weight may repeat a thread, which is trained on as often
+        flags = dict(zip(distinct, trained_answers(distinct), strict=True))
         splits[name] = pd.DataFrame(
             {
                 "message_tree_id": [tree[ids[0]] for ids in members],
@@ -596,7 +599,7 @@ def prepare(
                 "dataset": [dataset[ids[0]] for ids in members],
                 "lang": [lang[ids[0]] for ids in members],
                 "messages": [messages_of(ids) for ids in members],
-                "trained": trained_answers(members),
+                "trained": [flags[ids] for ids in members],
             }
         )
         used = messages[messages["message_id"].isin({i for ids in members for i in ids})]

@@ -155,7 +155,10 @@ def test_another_model_and_data_set_of_the_hub_are_an_experiment_away(reference,
     refused = run("dvc", "exp", "run", "train", *options, check=False)
     assert refused.returncode and "Traceback" not in refused.stderr
     (said,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
-    assert "the base model has no dense. It has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj." in said
+    assert (
+        "the base model has no dense. Choose from q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."
+        in said
+    )
     run("dvc", "exp", "run", "train", "-S", "target_modules=[q_proj,up_proj]")
     config = json.loads((project.folder / "models/adapter/adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "up_proj"]

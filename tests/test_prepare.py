@@ -523,6 +523,7 @@ def test_a_weight_says_how_often_a_data_set_is_used(weight, expected):
     conversations, funnel = run(messages, dataset_weights=[1.0, weight])
     train = conversations[(conversations["split"] == "train") & (conversations["dataset"] == 1)]
     assert len(train) == expected == funnel["kept"]["train"]["by_dataset"]["2"]
+    assert all(list(flags) == [True] for flags in train["trained"])  # each copy is trained on
     times = train["message_tree_id"].value_counts()
     assert times.max() - times.min() <= 1  # all alike, but for the fraction
     # Neither the other data set nor what is held out changes.
@@ -541,3 +542,19 @@ def test_a_held_out_question_of_one_data_set_is_not_trained_on_from_another():
     conversations, funnel = run(messages)
     assert funnel["dropped"]["question_is_held_out"]["conversations"] >= 1
     assert "b5" not in set(conversations["message_tree_id"])
+
+
+def test_a_held_out_question_does_not_come_up_later_in_a_trained_conversation():
+    rows = trees_in_both_splits()
+    held, trained = rows[0], rows[2]
+    rows += [
+        message(
+            f"{trained['message_id']}.a.p", f"{trained['message_id']}.a", role="prompter", text=held["text"].upper()
+        ),
+        message(f"{trained['message_id']}.a.p.a", f"{trained['message_id']}.a.p"),
+    ]
+    other = next(f"o{i}" for i in range(99) if not held_out(f"o{i}", 0.5, 0))
+    rows += [message(other, role="prompter"), message(f"{other}.a", other)]
+    conversations, funnel = run(rows)
+    assert set(conversations["message_tree_id"]) == {held["message_id"], other}
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] == 1

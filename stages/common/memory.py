@@ -10,6 +10,8 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.common.errors import StageError, first_line
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -22,6 +24,8 @@ LIBRARIES = int(0.65 * GIB)
 QUANTISING = 1.4
 # Pages that the allocator holds for each byte of tensors that live at the peak of a step.
 FRAGMENTATION = 1.34
+# What export holds for each byte of the model in float32: the builder's copies (20.4 GB for phi-2, one hand trial).
+EXPORTING = 1.8
 # A CUDA context and its libraries on the card (an assumption: no GPU figure here is measured).
 CUDA_CONTEXT = int(0.6 * GIB)
 
@@ -55,8 +59,23 @@ def empty_model(config: "PretrainedConfig", layers: int | None = None, attn_impl
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
         config.num_hidden_layers = layers
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+    except ValueError as error:
+        raise StageError(f"base_model: no causal language model that can be planned ({first_line(error)}).") from None
+
+
+def linear_names(config: "PretrainedConfig") -> list[str]:
+    """The names of a model's linear layers, without the output layer: what target_modules can name."""
+    import torch
+
+    model = empty_model(config, 1)
+    output = model.get_output_embeddings()
+    names = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output)
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def shape_of(config: "PretrainedConfig", target_modules: list[str], lora_r: int) -> Shape:
@@ -78,7 +97,7 @@ def shape_of(config: "PretrainedConfig", target_modules: list[str], lora_r: int)
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         quantised=sum(m.weight.numel() for m in linear.values()),
-        largest_linear=max(m.weight.numel() for m in linear.values()),
+        largest_linear=max((m.weight.numel() for m in linear.values()), default=0),
         adapter=sum(ranks),
     )
 
@@ -226,8 +245,9 @@ def load_peak(shape: Shape, dtype: str, file_dtype: str | None, load_in_4bit: bo
     """Resident peak of loading on a CPU: the libraries, the mapped weight files and the weights made from them.
 
     The system can take mapped pages away: without `file_dtype` they are left out, which gives the least that is needed.
+    Files in the very format that is asked for are used as they are mapped.
     """
-    mapped = shape.parameters * dtype_bytes(file_dtype) if file_dtype else 0
+    mapped = shape.parameters * dtype_bytes(file_dtype) if file_dtype and (load_in_4bit or file_dtype != dtype) else 0
     if load_in_4bit:
         return LIBRARIES + mapped + shape.unquantised * dtype_bytes(dtype) + round(shape.quantised * QUANTISING)
     return LIBRARIES + mapped + shape.parameters * dtype_bytes(dtype)
