@@ -125,6 +125,24 @@ def phi_params(monkeypatch):
     return train_params("phi2-oasst1", monkeypatch, **changes)
 
 
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_adapter_is_float32_whatever_the_models_precision(dtype, load_in_4bit, tiny_phi, phi_params, tmp_path):
+    """SFTTrainer casts a 4-bit model's adapter to bfloat16, over which the scaler of fp16 would stumble on a GPU."""
+    phi_params.load_in_4bit, phi_params.bf16 = load_in_4bit, dtype == torch.bfloat16
+    quantization = models.quantization_config("nf4", True, dtype) if load_in_4bit else None
+    model = add_adapter(models.load_model(tiny_phi, dtype, quantization=quantization), phi_params)
+    rows, tokenizer = tokens(tiny_phi, "phi2")
+    trainer = build_trainer(model, training_arguments(phi_params, tmp_path), rows, rows, tokenizer)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert trained and {parameter.dtype for parameter in trained} == {torch.float32}
+    if load_in_4bit:
+        from bitsandbytes.nn import Linear4bit
+
+        layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
+        assert layers and {layer.compute_dtype for layer in layers} == {dtype}
+
+
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_training_lowers_the_loss_and_gradients_reach_every_adapter_after_an_evaluation(name, request, tmp_path):
     folder, params = request.getfixturevalue(f"tiny_{name}"), request.getfixturevalue(f"{name}_params")
