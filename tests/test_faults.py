@@ -58,6 +58,7 @@ def test_what_a_kill_leaves_of_dvcs_own_files_is_mended(tiny_project):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_repro_saves_its_step_and_goes_on(tiny_project, number):
     folder = tiny_project.folder
@@ -147,6 +148,7 @@ def everything(folder: Path) -> str:
     return digest_files([folder / name for name in ("data", "models", "reports") if (folder / name).exists()])
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "stages", [pytest.param(STAGES[:1], id="fetch"), pytest.param(STAGES, id="all", marks=pytest.mark.long)]
 )

@@ -70,6 +70,7 @@ def test_another_machine_is_told_from_another_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_two_runs_from_nothing_give_the_same_bits(tiny_project):
     tiny_project.run("dvc", "repro")
     tiny_project.commit("recorded")
@@ -82,6 +83,7 @@ def test_two_runs_from_nothing_give_the_same_bits(tiny_project):
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_stage_that_is_not_repeatable_is_found(tiny_project):
     stage = tiny_project.folder / "stages/prepare.py"
     code = stage.read_text(encoding="utf-8")
