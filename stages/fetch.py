@@ -37,7 +37,8 @@ def convert_gguf(folder: Path) -> None:
     print(f"fetch: converting {files[0].name} to safetensors", flush=True)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+        # The tokenizer writes down whether it was offline, which must not shape the output.
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name, local_files_only=True)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         said = first_line(error).replace(f"{folder}/", "")
         raise StageError(
