@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stages.common.artifacts import write_json, write_whole
+from stages.common.artifacts import write_json, write_text, write_whole
 from stages.common.errors import StageError, first_line, run_stage
 from stages.common.models import check_weights, load_tokenizer
 from stages.common.params import load_params
@@ -37,8 +37,7 @@ def convert_gguf(folder: Path) -> None:
     print(f"fetch: converting {files[0].name} to safetensors", flush=True)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
-        # The tokenizer writes down whether it was offline, which must not shape the output.
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         said = first_line(error).replace(f"{folder}/", "")
         raise StageError(
@@ -53,6 +52,9 @@ def convert_gguf(folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # It writes down whether it was offline, which must not shape the output.
+    saved = folder / "tokenizer_config.json"
+    write_text(saved, saved.read_text(encoding="utf-8").replace('"local_files_only": true', '"local_files_only": false'))
     files[0].unlink()
 
 

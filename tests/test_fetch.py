@@ -193,7 +193,7 @@ def test_gguf_becomes_an_ordinary_model(tiny_llama, tmp_path):
     save_gguf(tmp_path, tiny_llama)
     convert_gguf(tmp_path)
     assert not list(tmp_path.glob("*.gguf"))
-    assert '"local_files_only": true' in (tmp_path / "tokenizer_config.json").read_text()  # offline or not
+    assert '"local_files_only": false' in (tmp_path / "tokenizer_config.json").read_text()  # offline or not
     check_model(tmp_path, parse_source("file:x", None))
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (tmp_path, tiny_llama))
     assert "quantization_config" not in ours.config.to_dict()
