@@ -54,7 +54,8 @@ def convert_gguf(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # It writes down whether it was offline, which must not shape the output.
     saved = folder / "tokenizer_config.json"
-    write_text(saved, saved.read_text(encoding="utf-8").replace('"local_files_only": true', '"local_files_only": false'))
+    text = saved.read_text(encoding="utf-8")
+    write_text(saved, text.replace('"local_files_only": true', '"local_files_only": false'))
     files[0].unlink()
 
 
