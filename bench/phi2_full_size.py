@@ -125,15 +125,15 @@ def main() -> None:
         measured(project, "stages.tokenize")
         first = Path("models/checkpoints/*/checkpoint-1/trainer_state.json")
         config = plan.configuration(read_json(project / "models/base/config.json"))
-        planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS, on_gpu=False)
+        planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS)
         killed = measured(project, "stages.train", kill_when=first)
-        rows.append(("train, killed after step 1", planned["train"], *killed))
-        rows.append(("train, resumed for step 2", planned["train"], *measured(project, "stages.train")))
+        rows.append(("train, killed after step 1", planned["train"].cpu, *killed))
+        rows.append(("train, resumed for step 2", planned["train"].cpu, *measured(project, "stages.train")))
         for base in ("original", "dequantized"):
             with (project / "params.yaml").open("w", encoding="utf-8") as file:
                 yaml.dump({**params, **CHANGES, "merge_base": base}, file)
-            planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS, on_gpu=False)
-            rows.append((f"merge, {base}", planned["merge"], *measured(project, "stages.merge")))
+            planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS)
+            rows.append((f"merge, {base}", planned["merge"].cpu, *measured(project, "stages.merge")))
     print("\n| stage | planned, GiB | peak memory, GiB | time, s |\n| --- | --- | --- | --- |")
     for name, need, peak, seconds in rows:
         print(f"| {name} | {need / GIB:.1f} | {peak:.1f} | {seconds:.0f} |")

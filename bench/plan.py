@@ -23,7 +23,7 @@ def main() -> None:
     )
     config = plan.configuration(read_json(ROOT / "models/base/config.json"))
     longest = int(read_parquet(ROOT / "data/tokenized/train.parquet")["length"].max())
-    planned = plan.peaks(config, params, longest, on_gpu=False)
+    planned = plan.peaks(config, params, longest)
     rows = []
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         project = Path(folder)
@@ -34,7 +34,7 @@ def main() -> None:
         with (project / "params.yaml").open("w", encoding="utf-8") as file:
             YAML().dump(params.model_dump(), file)
         for stage, peak in planned.items():
-            rows.append((stage, peak / GIB, measured(project, f"stages.{stage}")[0]))
+            rows.append((stage, peak.cpu / GIB, measured(project, f"stages.{stage}")[0]))
     print("\n| stage | planned, GiB | measured, GiB | planned / measured |\n| --- | --- | --- | --- |")
     for stage, ours, theirs in rows:
         print(f"| {stage} | {ours:.2f} | {theirs:.2f} | {ours / theirs:.2f} |")

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
-from stages.common.errors import StageError, run_stage
-from stages.common.models import load_config, load_model, load_tokenizer
+from stages.common.errors import StageError, is_disk_full, run_stage
+from stages.common.models import check_weights, load_config, load_model, load_tokenizer
 from stages.common.params import load_params
 from stages.common.scoring import score
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SOURCES = {"tuned": Path("models/merged"), "base": Path("models/base")}
 TOKENIZED = Path("data/tokenized")
+COLUMNS = ("input_ids", "assistant_masks", "length")  # what is read of a tokenised conversation
 TRAINING = Path("models/adapter/training.json")
 DATA_SOURCE = Path("data/raw/source.json")
 ONNX = Path("models/onnx")
@@ -84,13 +85,21 @@ def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
         settings = ["-p", params.export_precision, "-e", "cpu", "-c", cache]
         result = subprocess.run([sys.executable, *command, *settings, *options], capture_output=True, text=True)
     if result.returncode:
+        failure = RuntimeError(result.stderr)
+        if is_disk_full(failure):
+            raise failure
         reason = next(reversed(result.stderr.strip().splitlines()), f"status {result.returncode}")
-        raise StageError(f"{source} could not be exported as {params.export_precision}: {reason}")
+        raise StageError(
+            f"{source} could not be exported as {params.export_precision} ({reason}). "
+            "Choose another export_precision or base_model; models/merged is there without it."
+        )
 
 
 def set_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase", merged: Path) -> None:
     """Give an exported model the tokenizer, template and special tokens of training, whatever its source had."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if not (merged / name).is_file():
+            raise StageError(f"{merged / name} is missing. Delete {merged} and run `dvc repro`.")
         shutil.copyfile(merged / name, folder / name)
     config = read_json(folder / "genai_config.json")
     for key in ("bos", "eos", "pad"):
@@ -216,9 +225,11 @@ def card(name: str, params: SimpleNamespace, quality: dict[str, Any], rows: pd.D
 
 def main() -> None:
     params = load_params("export")
-    rows = read_parquet(TOKENIZED / "validation.parquet")
+    rows = read_parquet(TOKENIZED / "validation.parquet", COLUMNS)
     tokenizer = load_tokenizer(SOURCES["tuned"])
     names = ["tuned", "base"] if params.export_base else ["tuned"]
+    for name in names:
+        check_weights(SOURCES[name])
     report: dict[str, Any] = {"precision": params.export_precision}
     with write_whole(ONNX) as partial:
         for name in names:

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from stages.common import memory
 from stages.common.artifacts import read_json, write_text, write_whole
 from stages.common.errors import StageError, first_line, run_stage
-from stages.common.models import load_model, load_tokenizer, quantization_config, torch_dtype
+from stages.common.machine import this_machine
+from stages.common.models import load_config, load_model, load_tokenizer, quantization_config, torch_dtype
 from stages.common.params import load_params
 
 if TYPE_CHECKING:
@@ -37,10 +39,13 @@ def copy_dequantized(source: "PreTrainedModel", target: "PreTrainedModel") -> No
     """Give `target`, layer by layer, the weights of a 4-bit model's quantised layers as training multiplied by them."""
     import bitsandbytes as bnb
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     for name, layer in source.named_modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            if isinstance(target.get_submodule(name), Conv1D):
+                weight = weight.T
             with torch.no_grad():
                 target.get_parameter(f"{name}.weight").copy_(weight)
 
@@ -86,8 +91,22 @@ def mean_difference(ours: list["torch.Tensor"], theirs: list["torch.Tensor"]) ->
     return torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)]).mean().item()
 
 
+def fits_gpu(base: Path, trained: SimpleNamespace, merge_base: str) -> bool:
+    """Whether the GPU can hold the model in float32: a card that trains it in 4 bits need not. Else the CPU merges."""
+    card = this_machine().gpu
+    shape = memory.shape_of(load_config(base), trained.target_modules, trained.lora_r)
+    needed = memory.CUDA_CONTEXT + memory.merge_bytes(shape, merge_base, trained.bnb_4bit_use_double_quant)
+    return card is not None and needed <= card
+
+
 def merge_adapter(
-    base: Path, adapter: Path, merge_base: str, quantization: Any, attn_implementation: str, tokenizer: Any
+    base: Path,
+    adapter: Path,
+    merge_base: str,
+    quantization: Any,
+    attn_implementation: str,
+    tokenizer: Any,
+    use_gpu: bool = True,
 ) -> tuple["PreTrainedModel", list["torch.Tensor"]]:
     """The merged model in float32, and the probe logits of the unmerged one that it must reproduce.
 
@@ -97,15 +116,16 @@ def merge_adapter(
     import torch
 
     expected: list[torch.Tensor] = []
+    loading: dict[str, Any] = {"attn_implementation": attn_implementation, "use_gpu": use_gpu}
     if merge_base == "dequantized":
         # Before the larger one: loading in 4 bits takes more for a moment than it keeps.
-        trained = load_model(base, torch.float32, quantization=quantization, attn_implementation=attn_implementation)
-        model = load_model(base, torch.float32, attn_implementation=attn_implementation)
+        trained = load_model(base, torch.float32, quantization=quantization, **loading)
+        model = load_model(base, torch.float32, **loading)
         copy_dequantized(trained, model)
         expected = probe_logits(attach(trained, adapter), tokenizer)
         del trained
     else:
-        model = load_model(base, torch.float32, attn_implementation=attn_implementation)
+        model = load_model(base, torch.float32, **loading)
     with_adapter = attach(model, adapter)
     if not expected:
         expected = probe_logits(with_adapter, tokenizer)
@@ -189,9 +209,12 @@ def main() -> None:
         if trained.load_in_4bit
         else None
     )
+    # FlashAttention computes in 16 bits only, and merging is in float32.
+    attn_implementation = "eager" if trained.attn_implementation == "eager" else "sdpa"
     print(f"merge: adapter into the {params.merge_base} base", flush=True)
+    use_gpu = fits_gpu(BASE, trained, params.merge_base)
     model, expected = merge_adapter(
-        BASE, ADAPTER, params.merge_base, quantization, trained.attn_implementation, tokenizer
+        BASE, ADAPTER, params.merge_base, quantization, attn_implementation, tokenizer, use_gpu
     )
     with write_whole(MERGED) as folder:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -203,7 +226,7 @@ def main() -> None:
         )
         model.to(torch_dtype(params.merge_dtype)).save_pretrained(folder)
         del model
-        saved = load_model(folder, torch.float32, attn_implementation=trained.attn_implementation)
+        saved = load_model(folder, torch.float32, attn_implementation=attn_implementation, use_gpu=use_gpu)
         difference = mean_difference(probe_logits(saved, tokenizer), expected)
         if not difference <= params.merge_max_logit_diff:
             raise StageError(

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from stages.common.artifacts import read_json, read_parquet
 from stages.common.errors import StageError, first_line, run_stage
 from stages.common.machine import Machine, this_machine
 from stages.common.memory import GIB
+from stages.common.models import check_targets
 from stages.common.params import Params, read_params
 from stages.common.sources import FileSource, HubSource, as_list, parse_source
 
@@ -61,6 +63,30 @@ def configuration(values: dict[str, Any]) -> "PretrainedConfig":
     return config.get_text_config()
 
 
+@dataclass(frozen=True)
+class Tokenized:
+    """What data/tokenized/ says of a run: lengths in tokens."""
+
+    conversations: int  # in train
+    longest: int  # of either split
+    batch: int  # what conversations of a training batch are padded to, on average
+    held_out_tokens: int
+
+
+def tokenized(params: Params) -> Tokenized | None:
+    """data/tokenized/, if it was made with the very parameters that are planned for."""
+    recorded = TOKENIZED / "params.json"
+    if not recorded.is_file() or any(getattr(params, k, v) != v for k, v in read_json(recorded).items()):
+        return None
+    train, held_out = (read_parquet(TOKENIZED / f"{split}.parquet")["length"] for split in ("train", "validation"))
+    if params.train_sampling_strategy == "group_by_length":
+        train = train.sort_values()
+    size = params.per_device_train_batch_size
+    padded = [max(train.iloc[start : start + size]) for start in range(0, len(train), size)]
+    longest = max(train.max(), held_out.max())
+    return Tokenized(len(train), int(longest), round(sum(padded) / len(padded)), int(held_out.sum()))
+
+
 # Memory and disk -------------------------------------------------------------------------------------------------
 
 
@@ -74,13 +100,17 @@ def train_dtype(params: Params) -> str:
     return "float16" if params.fp16 else "bfloat16" if params.bf16 else "float32"
 
 
-def peaks(config: "PretrainedConfig", params: Params, tokens: int, on_gpu: bool) -> dict[str, int]:
-    """Peak memory (bytes) of each stage that loads the model; `tokens`: a batch's longest conversation.
+@dataclass(frozen=True)
+class Peak:
+    """Most memory (bytes) that a stage holds: resident on a CPU, or on the card; `gpu` is None where none is used."""
 
-    It is resident memory on a CPU; with `on_gpu` what all but export take of the card.
-    """
+    cpu: int
+    gpu: int | None
+
+
+def peaks(config: "PretrainedConfig", params: Params, tokens: int) -> dict[str, Peak]:
+    """The peak of each stage that loads the model; `tokens`: the longest conversation of a batch."""
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
-    stored = file_dtype(config)
     adapter = memory.adapter_bytes(shape, params.optim)
     scoring = memory.scoring_bytes(config, params.per_device_eval_batch_size, tokens)
     step = memory.step_bytes(
@@ -97,37 +127,62 @@ def peaks(config: "PretrainedConfig", params: Params, tokens: int, on_gpu: bool)
     dtype, four_bit, double = train_dtype(params), params.load_in_4bit, params.bnb_4bit_use_double_quant
     dequantised = shape.largest_linear * memory.dtype_bytes(dtype) if four_bit else 0
     working = max(step, scoring) + dequantised
-    weights = memory.weight_bytes(shape, dtype, four_bit, double)
-    merged = memory.weight_bytes(shape, "float32", False, False) + shape.adapter * 4
-    if params.merge_base == "dequantized":
-        merged += memory.weight_bytes(shape, "float32", True, double)
+    trained = memory.weight_bytes(shape, dtype, four_bit, double) + adapter
+    merged = memory.merge_bytes(shape, params.merge_base, double)
     evaluated = memory.weight_bytes(shape, params.eval_dtype, False, False)
-    # Export runs on the CPU: the builder holds the model in float32 and what it makes of it.
-    export = memory.LIBRARIES + round(memory.EXPORTING * shape.parameters * 4)
-    if on_gpu:
-        return {
-            "train": memory.CUDA_CONTEXT + weights + adapter + working,
-            "merge": memory.CUDA_CONTEXT + merged,
-            "evaluate": memory.CUDA_CONTEXT + evaluated + scoring,
-            "export": export,
-        }
-    step_peak = memory.LIBRARIES + weights + adapter + round(memory.FRAGMENTATION * working)
+    stored = file_dtype(config)
     mapped = shape.parameters * memory.dtype_bytes(stored)
+    loading = memory.load_peak(shape, dtype, stored, four_bit)
+    stepping = memory.LIBRARIES + trained + round(memory.FRAGMENTATION * working)
     return {
-        "train": max(memory.load_peak(shape, dtype, stored, four_bit), step_peak),
-        "merge": memory.LIBRARIES + merged + (mapped if stored != "float32" else 0),
-        "evaluate": memory.LIBRARIES + evaluated + max(mapped, round(memory.FRAGMENTATION * scoring)),
-        "export": export,
+        "train": Peak(max(loading, stepping), memory.CUDA_CONTEXT + trained + working),
+        "merge": Peak(memory.LIBRARIES + merged + (mapped if stored != "float32" else 0), memory.CUDA_CONTEXT + merged),
+        "evaluate": Peak(
+            memory.LIBRARIES + evaluated + max(mapped, round(memory.FRAGMENTATION * scoring)),
+            memory.CUDA_CONTEXT + evaluated + scoring,
+        ),
+        # The builder holds the model in float32 and what it makes of it.
+        "export": Peak(memory.LIBRARIES + round(memory.EXPORTING * shape.parameters * 4), None),
     }
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a stage needs of one of this machine's memories, and what there is (bytes)."""
+
+    stage: str
+    needed: int
+    there: int
+    where: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.there
+
+
+def needs(planned: dict[str, Peak], machine: Machine) -> list[Need]:
+    """The stages' peaks against this machine. Merge turns to the CPU where the card cannot hold the whole model."""
+    result = []
+    for stage, peak in planned.items():
+        card = machine.gpu if peak.gpu is not None else None
+        if stage == "merge" and card is not None and peak.gpu is not None and peak.gpu > card:
+            card = None
+        if card is None or peak.gpu is None:
+            result.append(Need(stage, peak.cpu, machine.memory, ""))
+        else:
+            result.append(Need(stage, peak.gpu, card, " on the GPU (by formula, unmeasured)"))
+    return result
+
+
 def disk(config: "PretrainedConfig", params: Params, download: int | None) -> dict[str, int]:
-    """Bytes on disk: the hub's or package's cache, the stages' outputs, DVC's copies of them, and checkpoints."""
+    """Bytes yet to be written: the hub's or package's cache, the outputs, DVC's copies of them, and checkpoints."""
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
     base = shape.parameters * memory.dtype_bytes(file_dtype(config))
-    outputs = base + shape.parameters * memory.dtype_bytes(params.merge_dtype) + shape.adapter * 4
+    outputs = shape.parameters * memory.dtype_bytes(params.merge_dtype) + shape.adapter * 4
     exported = {"int4": 1, "int8": 1, "fp16": 2, "fp32": 4}[params.export_precision]  # at most: int4 keeps some in int8
     outputs += shape.parameters * exported * (1 + params.export_base)
+    if download != 0:  # else it is fetched, and in the cache
+        outputs += base
     return {
         "download": base if download is None else download,
         "outputs": outputs,
@@ -136,39 +191,30 @@ def disk(config: "PretrainedConfig", params: Params, download: int | None) -> di
     }
 
 
-def smaller(params: Params) -> Iterator[tuple[str, Params]]:
-    """The parameters with less and less memory, the least harmful change first, each on top of those before."""
-    said: list[str] = []
-
-    def change(**values: Any) -> tuple[str, Params]:
-        nonlocal params
-        params = params.model_copy(update=values)
-        said.extend(f"{key}: {str(value).lower()}" for key, value in values.items())
-        last = {line.partition(":")[0]: line for line in said}
-        return ", ".join(last.values()), params
-
+def smaller(params: Params) -> Iterator[dict[str, Any]]:
+    """Changes of parameters that take less and less memory, the least harmful first, each beside those before it."""
     if params.merge_base == "dequantized":
-        yield change(merge_base="original")
+        yield {"merge_base": "original"}
     if not params.gradient_checkpointing:
-        yield change(gradient_checkpointing=True)
-    while params.per_device_train_batch_size > 1 or params.per_device_eval_batch_size > 1:
-        half, rest = divmod(params.per_device_train_batch_size, 2)
-        values = {"per_device_eval_batch_size": max(1, params.per_device_eval_batch_size // 2)}
-        if half and not rest:  # the same conversations in a step
-            values["per_device_train_batch_size"] = half
-            values["gradient_accumulation_steps"] = 2 * params.gradient_accumulation_steps
-        elif half:
-            values["per_device_train_batch_size"] = 1
-            values["gradient_accumulation_steps"] = (
-                params.per_device_train_batch_size * params.gradient_accumulation_steps
-            )
-        yield change(**values)
+        yield {"gradient_checkpointing": True}
+    batch, evaluated = params.per_device_train_batch_size, params.per_device_eval_batch_size
+    while batch > 1 or evaluated > 1:
+        batch = batch // 2 if batch % 2 == 0 else 1  # the same conversations in a step
+        evaluated = max(1, evaluated // 2)
+        steps = params.per_device_train_batch_size * params.gradient_accumulation_steps // batch
+        yield {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": steps,
+            "per_device_eval_batch_size": evaluated,
+        }
     if params.eval_dtype == "float32":
-        yield change(eval_dtype="bfloat16")
+        yield {"eval_dtype": "bfloat16"}
     if not params.load_in_4bit:
-        yield change(load_in_4bit=True)
-    while params.max_length >= 256:
-        yield change(max_length=params.max_length // 2)
+        yield {"load_in_4bit": True}
+    length = params.max_length
+    while length >= 256:
+        length //= 2
+        yield {"max_length": length}
 
 
 # Time ------------------------------------------------------------------------------------------------------------
@@ -218,10 +264,7 @@ def main() -> None:
     values, found, download = find_config(params.base_model, params.base_model_revision)
     config = configuration(values)
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
-    names = memory.linear_names(config)
-    if wrong := [target for target in params.target_modules if target not in names]:
-        have = f"Choose from {', '.join(names)}" if names else "It has no linear layers that LoRA could adapt"
-        raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. {have}.")
+    check_targets(config, params.target_modules)
     problems = []
 
     def fits(needed: int, there: int) -> str:
@@ -235,27 +278,22 @@ def main() -> None:
     print(f"  weights    {shape.parameters:,} in the base, {shape.adapter:,} ({share:.2f} %) in the LoRA adapter")
     seen = params.max_steps * params.per_device_train_batch_size * params.gradient_accumulation_steps
     print(f"  training   {params.max_steps} steps, {seen:,} conversations, at most {seen * params.max_length:,} tokens")
-    tokens = mean = params.max_length
-    made_with = read_json(TOKENIZED / "params.json") if (TOKENIZED / "params.json").is_file() else {}
-    if made_with.get("max_length") == params.max_length and found == str(BASE):
-        lengths = read_parquet(TOKENIZED / "train.parquet")["length"]
-        tokens, mean = int(lengths.max()), round(lengths.mean())
+    data = tokenized(params) if found == str(BASE) else None
+    tokens = data.longest if data else params.max_length
+    if data:
         print(
-            f"             {seen / len(lengths):.1f} passes over data/tokenized: {len(lengths):,} conversations of "
-            f"{mean} tokens on average, {tokens} at most"
+            f"             {seen / data.conversations:.1f} passes over data/tokenized: {data.conversations:,} "
+            f"conversations, {tokens} tokens at most, {data.batch} in a batch on average"
         )
 
     print("\n  peak memory, GiB")
-    on_gpu = machine.gpu is not None
-    for stage, peak in peaks(config, params, tokens, on_gpu).items():
-        there, where = machine.memory, ""
-        if machine.gpu is not None and stage != "export":
-            there, where = machine.gpu, " on the GPU (by formula, unmeasured)"
-        print(f"  {stage:10} {peak / GIB:5.1f}   {fits(peak, there)}{where}")
-        if peak > there:
-            problems.append(f"{stage}: needs {peak / GIB:.1f} GiB{where}, {there / GIB:.1f} are there")
-    if params.fp16 and not on_gpu:
-        card = peaks(config, params, tokens, on_gpu=True)["train"]
+    planned = peaks(config, params, tokens)
+    for need in needs(planned, machine):
+        print(f"  {need.stage:10} {need.needed / GIB:5.1f}   {fits(need.needed, need.there)}{need.where}")
+        if not need.fits:
+            there = f"{need.there / GIB:.1f} are there"
+            problems.append(f"{need.stage}: needs {need.needed / GIB:.1f} GiB{need.where}, {there}")
+    if params.fp16 and machine.gpu is None and (card := planned["train"].gpu):
         print(f"  {'':10} {card / GIB:5.1f}   what train would take of a GPU (by formula, unmeasured)")
     sizes = disk(config, params, download)
     needed = sum(sizes.values())
@@ -263,7 +301,8 @@ def main() -> None:
     print(f"\n  disk, GiB  {needed / GIB:5.1f}   {fits(needed, machine.disk)}")
     print(f"             ({parts}; the data set not counted)")
     if needed > machine.disk:
-        problems.append(f"disk: needs {needed / GIB:.1f} GiB, {machine.disk / GIB:.1f} are free")
+        more = f"{(needed - machine.disk) / GIB:.1f}"
+        problems.append(f"disk: needs {needed / GIB:.1f} GiB, {machine.disk / GIB:.1f} are free: free {more} more")
     try:
         check_machine(params.fp16, params.bf16, params.attn_implementation)
     except StageError as error:
@@ -272,45 +311,59 @@ def main() -> None:
     if problems:
         print()
         raise StageError("\n       ".join([*problems, *nearest(config, params, machine, tokens)]))
-    if found == str(BASE) and "--no-probe" not in sys.argv:
+    if data and "--no-probe" not in sys.argv:
         print("\n  time       measuring one batch …", end="\r", flush=True)
-        seconds = probe(params, min(mean, tokens))
-        hours = seconds * params.max_steps * params.gradient_accumulation_steps / 3600
+        seconds = probe(params, data.batch)
+        # An evaluation is a forward pass: of a step's three or (with recomputed activations) four parts one.
+        part = seconds / (4 if params.gradient_checkpointing else 3)
+        evaluations = 1 + params.max_steps // params.eval_steps
+        scored = evaluations * data.held_out_tokens / (params.per_device_train_batch_size * data.batch)
+        steps = params.max_steps * params.gradient_accumulation_steps * seconds
         print(
-            f"  time       {describe_hours(hours)} of training steps, at the {seconds:.1f} s measured for a batch here"
+            f"  time       {describe(steps)} of training steps, {describe(scored * part)} of {evaluations} "
+            f"evaluations, at the {seconds:.1f} s measured for a batch here"
         )
     else:
-        print("\n  time       measured once the base model is there (dvc repro tokenize)")
+        print("\n  time       measured once the conversations are there (dvc repro tokenize)")
 
 
-def describe_hours(hours: float) -> str:
+def describe(seconds: float) -> str:
+    hours = seconds / 3600
     return f"about {hours:.1f} hours" if hours >= 1 else f"about {max(1, round(60 * hours))} minutes"
 
 
 def nearest(config: "PretrainedConfig", params: Params, machine: Machine, tokens: int) -> list[str]:
-    """The first of the smaller parameters that this machine can do, as a line; else the recipe that fits anywhere."""
+    """The least change of parameters that this machine can do, as a line; else the recipe that fits anywhere."""
     from stages.train import check_machine
 
-    start: dict[str, Any] = {}
+    needed: dict[str, Any] = {}
     if machine.gpu is None:
         if params.fp16:
-            start["fp16"] = False
+            needed["fp16"] = False
         if params.attn_implementation == "flash_attention_2":
-            start["attn_implementation"] = "sdpa"
+            needed["attn_implementation"] = "sdpa"
     elif params.bf16:
         try:
             check_machine(params.fp16, params.bf16, params.attn_implementation)
         except StageError:
-            start |= {"bf16": False, "fp16": True}
-    first = ", ".join(f"{key}: {str(value).lower()}" for key, value in start.items())
-    params = params.model_copy(update=start)
-    for said, changed in [("", params), *smaller(params)]:
-        longest = min(tokens, changed.max_length)
-        need = peaks(config, changed, longest, machine.gpu is not None)
-        export = need.pop("export")
-        if export <= machine.memory and max(need.values()) <= (machine.gpu or machine.memory):
-            return [f"The nearest change that fits: {', '.join(filter(None, [first, said]))}"] if first or said else []
-    return ["No smaller setting of this model fits. Take the small recipe: make recipe NAME=smollm2-cpu"]
+            needed |= {"bf16": False, "fp16": True}
+
+    def fits(changes: list[dict[str, Any]]) -> bool:
+        changed = params.model_copy(update={key: value for change in changes for key, value in change.items()})
+        return all(n.fits for n in needs(peaks(config, changed, min(tokens, changed.max_length)), machine))
+
+    changes = [needed]
+    candidates = smaller(params)
+    while not fits(changes):
+        if (change := next(candidates, None)) is None:
+            return ["No smaller setting of this model fits. Take the small recipe: make recipe NAME=smollm2-cpu"]
+        changes = [other for other in changes if other.keys() != change.keys()] + [change]
+    for change in changes[1:-1]:  # what came before may not be needed with what came last
+        without = [other for other in changes if other is not change]
+        if fits(without):
+            changes = without
+    said = ", ".join(f"{key}: {str(value).lower()}" for change in changes for key, value in change.items())
+    return [f"The nearest change that fits: {said}"] if said else []
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from stages.common import memory
 from stages.common.artifacts import digest_files, read_json, read_parquet, write_json, write_whole
 from stages.common.errors import DISK_FULL, StageError, is_disk_full, run_stage
 from stages.common.machine import Machine, this_machine
-from stages.common.models import linear_layers, load_config, load_model, load_tokenizer, quantization_config
+from stages.common.models import check_targets, load_config, load_model, load_tokenizer, quantization_config
 from stages.common.params import load_params
 from stages.common.scoring import score
 
@@ -46,8 +46,11 @@ def compute_dtype(fp16: bool, bf16: bool) -> "torch.dtype":
 
 def check_machine(fp16: bool, bf16: bool, attn_implementation: str) -> None:
     """Raise StageError when this machine cannot train as the parameters ask."""
+    from importlib.util import find_spec
+
     import torch
 
+    flash = "attn_implementation: flash_attention_2"
     if not torch.cuda.is_available():
         if fp16:
             raise StageError(
@@ -55,28 +58,37 @@ def check_machine(fp16: bool, bf16: bool, attn_implementation: str) -> None:
                 "Set fp16: false (float32), or take the CPU recipe: make recipe NAME=smollm2-cpu"
             )
         if attn_implementation == "flash_attention_2":
-            raise StageError("attn_implementation: flash_attention_2 needs a CUDA GPU. Set it to sdpa.")
+            raise StageError(f"{flash} needs a CUDA GPU. Set it to sdpa.")
     elif bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise StageError(f"bf16: true: {torch.cuda.get_device_name()} has no bfloat16. Set bf16: false and fp16: true.")
+    elif attn_implementation == "flash_attention_2":
+        if not (fp16 or bf16):
+            raise StageError(f"{flash} computes in 16 bits only. Set bf16: true or fp16: true, or sdpa.")
+        if find_spec("flash_attn") is None:
+            raise StageError(f"{flash} needs the package flash-attn. Install it (pip install flash-attn), or set sdpa.")
 
 
-def check_memory(
-    base: Path, fp16: bool, bf16: bool, load_in_4bit: bool, double_quant: bool, machine: Machine | None = None
-) -> None:
-    """Raise StageError when the base model's weights alone are more than this machine, or its GPU, can hold."""
+def check_memory(base: Path, params: SimpleNamespace, machine: Machine | None = None) -> None:
+    """Raise StageError when the model and its adapter alone are more than this machine, or its GPU, can hold.
+
+    Reads `target_modules`, `lora_r`, `optim`, `load_in_4bit`, `bnb_4bit_use_double_quant`, `fp16` and `bf16` of
+    `params`. What a batch takes besides is not counted: `make plan` estimates it.
+    """
     machine = machine or this_machine()
-    shape = memory.shape_of(load_config(base), target_modules=[], lora_r=1)
-    dtype = "float16" if fp16 else "bfloat16" if bf16 else "float32"
+    shape = memory.shape_of(load_config(base), params.target_modules, params.lora_r)
+    dtype = "float16" if params.fp16 else "bfloat16" if params.bf16 else "float32"
+    weights = memory.weight_bytes(shape, dtype, params.load_in_4bit, params.bnb_4bit_use_double_quant)
+    needed = weights + memory.adapter_bytes(shape, params.optim)
     if machine.gpu is None:
-        needed, there, where = memory.load_peak(shape, dtype, None, load_in_4bit), machine.memory, "this machine"
+        loading = memory.load_peak(shape, dtype, None, params.load_in_4bit)
+        needed, there, where = max(memory.LIBRARIES + needed, loading), machine.memory, "this machine"
     else:
-        needed = memory.CUDA_CONTEXT + memory.weight_bytes(shape, dtype, load_in_4bit, double_quant)
-        there, where = machine.gpu, machine.gpu_name
+        needed, there, where = memory.CUDA_CONTEXT + needed, machine.gpu, machine.gpu_name
     if needed > there:
-        less = "" if load_in_4bit else "Set load_in_4bit: true, or take "
+        less = "Take" if params.load_in_4bit else "Set load_in_4bit: true, or take"
         raise StageError(
-            f"the base model's weights take {needed / memory.GIB:.1f} GiB, and {where} has "
-            f"{there / memory.GIB:.1f} GiB. {less or 'Take '}the small recipe (make recipe NAME=smollm2-cpu); "
+            f"the model and its adapter take {needed / memory.GIB:.1f} GiB, and {where} has "
+            f"{there / memory.GIB:.1f} GiB. {less} the small recipe (make recipe NAME=smollm2-cpu); "
             "`make plan` says what each stage needs."
         )
 
@@ -145,14 +157,6 @@ def add_adapter(model: "PreTrainedModel", params: SimpleNamespace) -> "PeftModel
     return get_peft_model(model, lora_config(params))
 
 
-def check_targets(base: Path, target_modules: list[str]) -> None:
-    """Raise StageError, naming what would fit, when the model has no linear layer of such a name."""
-    names = linear_layers(base)
-    wrong = [target for target in target_modules if target not in names]
-    if wrong:
-        raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. Choose from {', '.join(names)}.")
-
-
 def check_logits(model: "PeftModel", ids: list[int], dtype: "torch.dtype") -> None:
     """Raise StageError when the logits on `ids`, computed in `dtype`, are not finite, as Phi's can be in float16."""
     import torch
@@ -179,6 +183,9 @@ def build_trainer(
     from stages.checkpoints import seal
 
     class Trainer(SFTTrainer):
+        def create_model_card(self, *args: object, **kwargs: object) -> None:
+            """None beside the checkpoints: merge writes a true one."""
+
         def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             try:
@@ -306,8 +313,8 @@ def main() -> None:
 
     params = load_params("train")
     check_machine(params.fp16, params.bf16, params.attn_implementation)
-    check_targets(BASE, params.target_modules)
-    check_memory(BASE, params.fp16, params.bf16, params.load_in_4bit, params.bnb_4bit_use_double_quant)
+    check_targets(load_config(BASE), params.target_modules)
+    check_memory(BASE, params)
     train, validation = (read_parquet(TOKENIZED / f"{split}.parquet", COLUMNS) for split in ("train", "validation"))
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
 

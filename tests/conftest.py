@@ -110,6 +110,33 @@ def save_phi(folder: Path) -> Path:
     return folder
 
 
+def save_gpt2(folder: Path, phi: Path) -> Path:
+    """A GPT-2, whose linear layers keep their weights transposed (Conv1D), with the tokenizer of `phi`."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(phi)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer) + 8,
+            n_embd=64,
+            n_layer=2,
+            n_head=2,
+            n_positions=512,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory, tiny_phi) -> Path:
+    return save_gpt2(tmp_path_factory.mktemp("gpt2") / "model", tiny_phi)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama") / "model")

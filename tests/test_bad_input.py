@@ -26,6 +26,7 @@ OUTPUTS = {
     "train": ["models/adapter", "reports/loss"],
     "merge": ["models/merged"],
     "evaluate": ["reports/samples.md", "reports/metrics.json", "reports/conversations.csv"],
+    "export": ["models/onnx", "reports/export.json"],
     "summary": [],
 }
 # What tells a user where to turn: a path or key to correct, or a command to run.
@@ -526,7 +527,7 @@ STATES = {
     "base, of other sizes": (
         "train",
         lambda p: edit_json(p / "models/base/config.json", intermediate_size=96),
-        "by config.json [64, 96]: two models",
+        "by config.json [64, 96]: they are of two models",
     ),
     "adapter, its record gone": ("merge", unlink("models/adapter/training.json"), "training.json is missing"),
     "adapter, its record edited": ("merge", rewrite("models/adapter/training.json", "{}"), "has no params"),
@@ -552,6 +553,9 @@ STATES = {
     "merged, truncated": ("evaluate", lambda p: truncate(p / "models/merged/model.safetensors"), "is damaged"),
     "merged, gone": ("evaluate", lambda p: shutil.rmtree(p / "models/merged"), "models/merged holds no model"),
     "held-out part, without a column": ("evaluate", drop_column(TOKENIZED, "lang"), "has no lang"),
+    "export: merged, gone": ("export", lambda p: shutil.rmtree(p / "models/merged"), "holds no tokenizer"),
+    "export: merged, truncated": ("export", lambda p: truncate(p / "models/merged/model.safetensors"), "is damaged"),
+    "export: held-out part, without a column": ("export", drop_column(TOKENIZED, "length"), "has no length"),
     "metrics, edited": ("summary", rewrite("reports/metrics.json", "{}"), "has no held_out"),
     "metrics, gone": ("summary", unlink("reports/metrics.json"), "metrics.json is missing"),
     "samples, gone": ("summary", unlink("reports/samples.md"), "samples.md is missing"),

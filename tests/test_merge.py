@@ -17,15 +17,19 @@ from stages.tokenize import load_template, set_special_tokens
 from stages.train import add_adapter
 
 
-@pytest.fixture(params=["llama", "phi"])
+@pytest.fixture(params=["llama", "phi", "gpt2"])
 def adapter(request, monkeypatch, tmp_path):
     """A base model, an adapter with weights of a real run's size on its 4-bit form, and its tokenizer."""
     from transformers import AutoTokenizer
 
     base = request.getfixturevalue(f"tiny_{request.param}")
-    recipe, template = {"llama": ("smollm2-cpu", "chatml"), "phi": ("phi2-oasst1", "phi2")}[request.param]
+    recipe, template = ("smollm2-cpu", "chatml") if request.param == "llama" else ("phi2-oasst1", "phi2")
     config = models.quantization_config("nf4", True, torch.float32)
-    model = add_adapter(models.load_model(base, torch.float32, quantization=config), train_params(recipe, monkeypatch))
+    params = train_params(recipe, monkeypatch)
+    if request.param == "gpt2":
+        params.target_modules = ["c_attn", "c_fc", "c_proj"]
+        models.check_targets(models.load_config(base), params.target_modules)
+    model = add_adapter(models.load_model(base, torch.float32, quantization=config), params)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

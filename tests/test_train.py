@@ -19,7 +19,6 @@ from stages.train import (
     build_trainer,
     check_logits,
     check_machine,
-    check_targets,
     compute_dtype,
     fingerprint,
     lora_config,
@@ -253,12 +252,11 @@ def test_the_finite_check_computes_in_the_training_precision(dtype, tiny_llama, 
 
 
 def test_targets_that_do_not_fit_name_those_that_do(tiny_phi, tiny_llama):
-    assert models.linear_layers(tiny_phi) == ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
-    check_targets(tiny_llama, ["q_proj", "o_proj"])
+    models.check_targets(models.load_config(tiny_llama), ["q_proj", "o_proj"])
     with pytest.raises(
         StageError, match="has no o_proj, gate_proj. Choose from q_proj, k_proj, v_proj, dense, fc1, fc2"
     ):
-        check_targets(tiny_phi, ["q_proj", "o_proj", "gate_proj"])
+        models.check_targets(models.load_config(tiny_phi), ["q_proj", "o_proj", "gate_proj"])
 
 
 def test_a_machine_that_cannot_is_refused(monkeypatch):
@@ -274,6 +272,10 @@ def test_a_machine_that_cannot_is_refused(monkeypatch):
     check_machine(True, False, "sdpa")
     with pytest.raises(StageError, match="Tesla T4 has no bfloat16"):
         check_machine(False, True, "sdpa")
+    with pytest.raises(StageError, match="flash_attention_2 computes in 16 bits only"):
+        check_machine(False, False, "flash_attention_2")
+    with pytest.raises(StageError, match="flash_attention_2 needs the package flash-attn"):
+        check_machine(True, False, "flash_attention_2")
 
 
 def test_fingerprint_follows_params_and_data(llama_params, tmp_path, monkeypatch):

@@ -9,6 +9,15 @@ from collections.abc import Callable
 from types import FrameType
 
 DISK_FULL = "the disk is full. Free some space and run `dvc repro` again."
+# What libraries make of it. The archive writer of torch passes on no reason at all, only where in its code it stopped.
+DISK_FULL_SIGNS = (
+    "No space left",
+    "Disk quota exceeded",
+    "os error 28",
+    "os error 122",
+    "error number 28",
+    "enforce fail at inline_container.cc",
+)
 
 
 class StageError(Exception):
@@ -22,13 +31,10 @@ def first_line(error: BaseException) -> str:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an exception comes from a full disk or quota, also where a library rewords the system's error."""
-    full = {errno.ENOSPC, errno.EDQUOT}
     while error is not None:
-        words = str(error)
-        if getattr(error, "errno", None) in full or any(f"os error {n}" in words for n in full):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # torch's archive writer passes on no reason at all, only where it stopped.
-        if any(w in words for w in ("No space left", "Disk quota exceeded", "enforce fail at inline_container.cc")):
+        if any(sign in str(error) for sign in DISK_FULL_SIGNS):
             return True
         error = error.__cause__ or error.__context__
     return False

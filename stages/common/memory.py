@@ -5,12 +5,12 @@ tensors, operation by operation, with two and four layers, and extended to the m
 alike. All sizes are bytes.
 """
 
-import copy
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import StageError, first_line
+from stages.common.models import empty_model, linear_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,56 +49,16 @@ def dtype_bytes(name: str) -> int:
     return {"float32": 4, "bfloat16": 2, "float16": 2}[name]
 
 
-def empty_model(config: "PretrainedConfig", layers: int | None = None, attn_implementation: str = "sdpa") -> Any:
-    """The model of a configuration on the meta device, in float32, with another number of layers if given."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    if layers is not None:
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        config.num_hidden_layers = layers
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attn_implementation
-            )
-    except ValueError as error:
-        raise StageError(f"base_model: no causal language model that can be planned ({first_line(error)}).") from None
-
-
-def linear_names(config: "PretrainedConfig") -> list[str]:
-    """The names of a model's linear layers, without the output layer: what target_modules can name."""
-    import torch
-
-    model = empty_model(config, 1)
-    output = model.get_output_embeddings()
-    names = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
 def shape_of(config: "PretrainedConfig", target_modules: list[str], lora_r: int) -> Shape:
     """Count a model's weights, tied ones once, and those of LoRA matrices of rank `lora_r` on its target modules."""
-    import torch
-
     model = empty_model(config)
-    output = model.get_output_embeddings()
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not output
-    }
-    ranks = [
-        lora_r * (module.in_features + module.out_features)
-        for name, module in linear.items()
-        if name.rpartition(".")[2] in target_modules
-    ]
+    linear = {name: module.get_parameter("weight") for name, module in linear_layers(model).items()}
+    adapted = [weight for name, weight in linear.items() if name.rpartition(".")[2] in target_modules]
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
-        quantised=sum(m.weight.numel() for m in linear.values()),
-        largest_linear=max((m.weight.numel() for m in linear.values()), default=0),
-        adapter=sum(ranks),
+        quantised=sum(weight.numel() for weight in linear.values()),
+        largest_linear=max((weight.numel() for weight in linear.values()), default=0),
+        adapter=lora_r * sum(sum(weight.shape) for weight in adapted),  # two matrices of rank `lora_r` each
     )
 
 
@@ -153,7 +113,12 @@ class LiveBytes:
 
 def _extended(config: "PretrainedConfig", peak: Any) -> int:
     """`peak(layers)` at the model's own number of layers, from two and four."""
-    two, four = peak(2), peak(4)
+    try:
+        two, four = peak(2), peak(4)
+    except Exception as error:  # a model's own code, on tensors without content
+        raise StageError(
+            f"base_model: what a step of this model holds cannot be planned ({first_line(error)}). Its stages can run."
+        ) from error
     return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
 
 
@@ -184,9 +149,8 @@ def step_bytes(
     def peak(layers: int) -> int:
         model = empty_model(config, layers, attention)
         if mixed_precision:  # as 4-bit weights are dequantised; else autocast would be seen to copy them
-            for module in {*model.modules()} - {model.get_output_embeddings()}:
-                if isinstance(module, torch.nn.Linear):
-                    module.to(torch.bfloat16)
+            for module in linear_layers(model).values():
+                module.to(torch.bfloat16)
         lora = LoraConfig(r=lora_r, lora_dropout=lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -257,3 +221,9 @@ def adapter_bytes(shape: Shape, optim: str) -> int:
     """LoRA weights and gradients in float32, and the optimiser's state for them."""
     state = {"sgd": 0, "adafactor": 1, "paged_adamw_8bit": 2, "adamw_bnb_8bit": 2}.get(optim, 8)
     return shape.adapter * (4 + 4 + state)
+
+
+def merge_bytes(shape: Shape, merge_base: str, double_quant: bool) -> int:
+    """What merging holds: the model in float32 with its adapter, and beside it the 4-bit one if that is merged into."""
+    merged = weight_bytes(shape, "float32", False, False) + shape.adapter * 4
+    return merged + (weight_bytes(shape, "float32", True, double_quant) if merge_base == "dequantized" else 0)

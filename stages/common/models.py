@@ -1,5 +1,6 @@
 """Loading models and tokenizers the same way in every stage, on a GPU or a CPU."""
 
+import copy
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,9 @@ def load_model(
     *,
     quantization: "BitsAndBytesConfig | None" = None,
     attn_implementation: str = "sdpa",
+    use_gpu: bool = True,
 ) -> "PreTrainedModel":
-    """A causal language model from a folder of safetensors, on the GPU if there is one.
+    """A causal language model from a folder of safetensors, on the GPU if there is one and `use_gpu`.
 
     `dtype` is that of the weights that are not quantised. Raises StageError when the folder is no such model.
     """
@@ -49,7 +51,7 @@ def load_model(
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=attn_implementation,
-            device_map={"": 0} if torch.cuda.is_available() else None,
+            device_map={"": 0} if use_gpu and torch.cuda.is_available() else None,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -109,14 +111,28 @@ def load_config(folder: Path) -> "PretrainedConfig":
     return config.get_text_config()
 
 
-def empty_model(folder: Path) -> "PreTrainedModel":
-    """The model that the configuration in `folder` describes, without memory for its weights."""
+def empty_model(
+    config: "PretrainedConfig", layers: int | None = None, attn_implementation: str = "sdpa"
+) -> "PreTrainedModel":
+    """The model that a configuration describes, in float32 but without memory for its weights (meta device).
+
+    `layers` gives it another number of layers. Raises StageError when it is no causal language model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = load_config(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    config = copy.deepcopy(config)
+    if layers is not None:
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        config.num_hidden_layers = layers
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+    except ValueError as error:
+        raise StageError(f"base_model: no causal language model that is known ({first_line(error)}).") from None
 
 
 def check_weights(folder: Path) -> None:
@@ -129,7 +145,7 @@ def check_weights(folder: Path) -> None:
     files = set(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
         files |= {folder / str(name) for name in read_json(index, ["weight_map"])["weight_map"].values()}
-    shapes = {name: list(weight.shape) for name, weight in empty_model(folder).state_dict().items()}
+    shapes = {name: list(weight.shape) for name, weight in empty_model(load_config(folder)).state_dict().items()}
     for file in sorted(files):
         try:
             with safe_open(file, "pt") as weights:
@@ -146,17 +162,23 @@ def check_weights(folder: Path) -> None:
             raise StageError(f"{file} is damaged ({first_line(error)}). Put a whole one there.") from error
 
 
-def linear_layers(folder: Path) -> list[str]:
-    """The names a LoRA target may have in the model in `folder`: those of its linear layers but the output layer.
-
-    Reads the configuration only; no weights are loaded.
-    """
+def linear_layers(model: "PreTrainedModel") -> dict[str, "torch.nn.Module"]:
+    """A model's linear layers but the output layer, by name: what a 4-bit load quantises and LoRA can adapt."""
     import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight transposed
 
-    model = empty_model(folder)
     output = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output}
+
+
+def check_targets(config: "PretrainedConfig", target_modules: list[str]) -> None:
+    """Raise StageError, naming what would fit, when the model has no linear layer of such a name.
+
+    Looks at the configuration only; no weights are loaded.
+    """
+    names = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(empty_model(config))))
+    if wrong := [target for target in target_modules if target not in names]:
+        raise StageError(f"target_modules: the base model has no {', '.join(wrong)}. Choose from {', '.join(names)}.")
 
 
 def torch_dtype(name: str) -> "torch.dtype":
