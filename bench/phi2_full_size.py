@@ -1,9 +1,10 @@
-"""Take a Phi of phi-2's exact shape, with random weights, through train and merge on a CPU; print peaks and times.
+"""Take a Phi of phi-2's exact shape, with random weights, from train to export on a CPU; print peaks and times.
 
 It shows, before anyone rents a GPU, that the reference recipe's code holds at full size: 2.78 billion parameters are
-made, quantised, trained for two steps (killed after the first, and resumed) and merged, each beside the memory that
-`make plan` would have said. Nothing is downloaded. Needs
-20 GiB of memory and 35 GB of disk under the temporary folder. Run: `python -m bench.phi2_full_size`
+made, quantised, trained for two steps (killed after the first, and resumed), merged and exported, each beside the
+memory that `make plan` would have said. Fails when a stage takes more than 20 GiB, or is not within 15 % of its plan.
+Nothing is downloaded. Needs 20 GiB of memory and 45 GB of disk under the temporary folder.
+Run: `python -m bench.phi2_full_size`
 """
 
 import os
@@ -26,6 +27,8 @@ from stages.common.params import read_params
 ROOT = Path(__file__).resolve().parent.parent
 
 TOKENS = 256
+MOST = 20  # GiB
+TOLERANCE = 0.15
 # What is changed in the reference recipe: a CPU's precision, short and few conversations.
 CHANGES = {
     "base_model": "file:made-by-this-benchmark",
@@ -43,6 +46,8 @@ CHANGES = {
     "save_steps": 1,
     "logging_steps": 1,
     "fp16": False,
+    "export_base": False,
+    "export_max_perplexity_increase": 10.0,  # of random weights it says nothing
 }
 
 
@@ -80,24 +85,45 @@ def make_phi2(folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measured(project: Path, module: str, kill_when: Path | None = None) -> tuple[float, float]:
+def measured(
+    project: Path, module: str, *, kill_when: Path | None = None, must_say: str | None = None
+) -> tuple[float, float]:
     """Run `python -m module` in the project; returns its peak memory (GiB) and its time (s).
 
-    With `kill_when` it is killed as soon as that file is there. Exits with the module's own status if it fails.
+    With `kill_when` it is killed as soon as that file is there. Exits with one line if the module fails, ends before it
+    was to be killed, or does not print `must_say`.
     """
-    started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", module], cwd=project)
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
-        if kill_when is not None and list(project.glob(str(kill_when))):
-            process.send_signal(signal.SIGKILL)
-        time.sleep(0.2)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, -signal.SIGKILL if kill_when else 0):
-        sys.exit(f"error: {module} failed with status {process.returncode}")
+    started, killed = time.monotonic(), False
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen([sys.executable, "-m", module], cwd=project, stdout=said)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            if not killed and kill_when is not None and list(project.glob(str(kill_when))):
+                process.send_signal(signal.SIGKILL)
+                killed = True
+            time.sleep(0.2)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read()
+    print(text, end="", flush=True)
+    expected = 0 if kill_when is None else -signal.SIGKILL
+    if process.returncode != expected:
+        sys.exit(f"error: {module} ended with status {process.returncode}, not {expected}")
+    if must_say is not None and must_say not in text:
+        sys.exit(f"error: {module} did not say {must_say!r}")
     return usage.ru_maxrss / 1024**2, time.monotonic() - started
+
+
+def check(rows: list[tuple[str, int, float, float]]) -> None:
+    """Exit with a line for each stage that passed the bound or whose plan was not within the tolerance."""
+    wrong = [f"{name}: {peak:.1f} GiB, more than {MOST}" for name, _, peak, _ in rows if peak > MOST]
+    for name, planned, peak, _ in rows:
+        if abs(planned / GIB / peak - 1) > TOLERANCE:
+            wrong.append(f"{name}: planned {planned / GIB:.1f} GiB, {peak:.1f} measured: not within {TOLERANCE:.0%}")
+    if wrong:
+        sys.exit("\n".join(f"error: {line}" for line in wrong))
 
 
 def main() -> None:
@@ -123,20 +149,23 @@ def main() -> None:
         print(f"bench: a Phi of {size:,} parameters", flush=True)
         measured(project, "stages.prepare")
         measured(project, "stages.tokenize")
-        first = Path("models/checkpoints/*/checkpoint-1/trainer_state.json")
+        first = Path("models/checkpoints/*/checkpoint-1/seal.json")
         config = plan.configuration(read_json(project / "models/base/config.json"))
         planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS)
         killed = measured(project, "stages.train", kill_when=first)
         rows.append(("train, killed after step 1", planned["train"].cpu, *killed))
-        rows.append(("train, resumed for step 2", planned["train"].cpu, *measured(project, "stages.train")))
+        resumed = measured(project, "stages.train", must_say="going on from models/checkpoints")
+        rows.append(("train, resumed for step 2", planned["train"].cpu, *resumed))
         for base in ("original", "dequantized"):
             with (project / "params.yaml").open("w", encoding="utf-8") as file:
                 yaml.dump({**params, **CHANGES, "merge_base": base}, file)
             planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS)
             rows.append((f"merge, {base}", planned["merge"].cpu, *measured(project, "stages.merge")))
+        rows.append(("export, int4", planned["export"].cpu, *measured(project, "stages.export")))
     print("\n| stage | planned, GiB | peak memory, GiB | time, s |\n| --- | --- | --- | --- |")
     for name, need, peak, seconds in rows:
         print(f"| {name} | {need / GIB:.1f} | {peak:.1f} | {seconds:.0f} |")
+    check(rows)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def chat_view(engine: Engine, queue: FairQueue, settings: list[Any]) -> None:
         chatbot.example_select(ask_example, [chatbot, *settings], outputs, **STREAMING),
         chatbot.retry(retry, [chatbot, *settings], outputs, **STREAMING),
     ]
-    box.stop(stop, [chatbot], outputs, cancels=running, **AT_ONCE)
+    # First the answer ends, then it is said: an update on its way would else take the word away again.
+    box.stop(None, cancels=running).then(stop, [chatbot], outputs, **AT_ONCE)
     chatbot.undo(undo, [chatbot], outputs, cancels=running, **AT_ONCE)
     chatbot.clear(box_ready, None, [box], cancels=running, **AT_ONCE)

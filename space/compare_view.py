@@ -69,6 +69,6 @@ def compare_view(engines: Mapping[str, Engine], queue: FairQueue, settings: list
 
     outputs = [box, *chatbots]
     running: list[Any] = [box.submit(ask, [box, *chatbots, *settings], outputs, **STREAMING)]
-    box.stop(stop, chatbots, outputs, cancels=running, **AT_ONCE)
+    box.stop(None, cancels=running).then(stop, chatbots, outputs, **AT_ONCE)
     for chatbot in chatbots:
         chatbot.clear(clear_all, None, outputs, cancels=running, **AT_ONCE)

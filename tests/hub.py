@@ -28,6 +28,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], tuple[str, Path]] = {}
         self.gated: set[str] = set()
+        self.private: set[str] = set()  # and nobody has a token for them
         self.faults: Counter[str] = Counter()  # "503", "cut" or "damaged": how often yet
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
@@ -35,6 +36,7 @@ class Hub:
         self.storage = Path()  # where repositories that clients make are kept
         self.users: dict[str, str] = {}  # token -> who it belongs to; one may write only to repositories of one's own
         self.blobs: dict[str, bytes] = {}  # LFS objects, by SHA-256
+        self.room: int | None = None  # for so many of them; then every upload is cut
         self.commits = 0
 
     def add(self, kind: str, name: str, commit: str, folder: Path) -> None:
@@ -84,6 +86,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             """The commit and folder asked for; None, and an answer that says why not, where there is none."""
             if name in hub.gated:
                 self.reply(401, {"error": "gated"}, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+            elif name in hub.private:
+                self.reply(401, {"error": "Invalid username or password."}, X_Error_Code="RepoNotFound")
             elif (kind, name) not in hub.repositories:
                 self.reply(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
             elif revision not in (None, "main", hub.repositories[kind, name][0]):
@@ -211,7 +215,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             match = BLOB.fullmatch(self.path)
             if match is None or hashlib.sha256(data).hexdigest() != match[1]:
                 self.reply(400, {"error": "not what it says"})
-            elif hub.take_fault("cut upload"):
+            elif hub.room is not None and len(hub.blobs) >= hub.room:
                 self.close_connection = True
                 self.connection.close()
             else:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from conftest import message, save_phi, write_jsonl
 from hub import Hub, running
 
+from stages.common.artifacts import digest_files
 from stages.common.params import read_params
 
 pytestmark = pytest.mark.slow
@@ -115,10 +117,13 @@ def test_the_reference_recipe_runs_from_the_hub(reference, hub):
     card = (project.folder / "models/merged/README.md").read_text()
     for fact in ("license: mit", REFERENCE.base_model_revision, REFERENCE.dataset_revision, "licence apache-2.0"):
         assert fact in card
-    # Fetched again, offline: everything comes from the cache.
-    before = len(hub.requests)
+    # Fetched again, offline: everything comes from the cache, the same bytes.
+    before, fetched = len(hub.requests), [project.folder / "models/base", project.folder / "data/raw"]
+    bytes_before = digest_files(fetched)
+    shutil.rmtree(fetched[0])
     run("dvc", "repro", "--force", "--single-item", "fetch", HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
+    assert digest_files(fetched) == bytes_before
     assert not (project.folder / ".home/hf/token").exists()
 
 
@@ -208,18 +213,38 @@ def test_a_gated_model_says_how_to_get_in_and_shows_no_token(reference, hub):
     assert "hf_secret" not in said
 
 
+@pytest.mark.parametrize("which", ["base_model", "dataset"])
+def test_a_private_repository_is_one_line_and_shows_no_token(which, reference, hub):
+    hub.private.add(getattr(REFERENCE, which))
+    said = failed_fetch(reference, HF_TOKEN="hf_of_somebody_else")
+    assert re.search("no such (repository|data set), or a private one", said) and "hf auth login" in said
+    assert "hf_of" not in said
+
+
+def test_several_data_sets_are_an_experiment_away(reference, hub, repositories):
+    project, run = reference
+    hub.add("datasets", "someone/trees", "2" * 40, repositories["data"])
+    commits = f"['{REFERENCE.dataset_revision}','{'2' * 40}']"
+    changed = [f"dataset=[{REFERENCE.dataset},someone/trees]", f"dataset_revision={commits}"]
+    run("dvc", "exp", "run", "prepare", *(part for change in changed for part in ("-S", change)))
+    sources = json.loads((project.folder / "data/raw/source.json").read_text())
+    assert [source["source"] for source in sources] == [REFERENCE.dataset, "someone/trees"]
+    assert json.loads((project.folder / "reports/funnel.json").read_text())["read"]["messages"] == 240
+
+
 def test_a_wrong_revision(reference, hub):
     project, _ = reference
     project.set(base_model_revision="0" * 40)
     assert "has no such commit" in failed_fetch(reference)
 
 
-def test_a_busy_hub_and_a_cut_connection_are_tried_again(reference, hub):
+def test_a_busy_hub_and_a_cut_connection_are_tried_again(reference, hub, repositories):
     project, run = reference
     hub.faults.update({"503": 1, "cut": 1})
     run("stages.fetch")
     assert not +hub.faults
-    assert (project.folder / "models/base/model.safetensors").is_file()
+    fetched = project.folder / "models/base"
+    assert (fetched / "model.safetensors").read_bytes() == (repositories["model"] / "model.safetensors").read_bytes()
 
 
 def test_a_damaged_download_is_refused_and_fetched_again(reference, hub):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -13,6 +14,7 @@ from stages.common import memory
 from stages.common.errors import StageError
 from stages.common.machine import Machine
 from stages.common.memory import GIB, LiveBytes, Shape
+from stages.common.models import linear_layers
 from stages.common.params import read_params
 from stages.train import check_machine, check_memory
 
@@ -81,9 +83,11 @@ def test_live_bytes_are_those_of_storages_that_live():
     assert (live.now, live.peak) == (0, 8000)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_phi"])
 @pytest.mark.slow
-def test_a_traced_step_holds_what_a_real_one_does(model, request):
+def test_a_traced_step_holds_what_a_real_one_does(model, checkpointed, mixed, request):
     """The same forward and backward pass over real tensors, of all layers: the trace extends two and four."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,18 +96,47 @@ def test_a_traced_step_holds_what_a_real_one_does(model, request):
     config = AutoConfig.from_pretrained(request.getfixturevalue(model))
     config.num_hidden_layers = 7
     targets = ["q_proj", "v_proj"]
-    settings = {"target_modules": targets, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": False}
-    traced = memory.step_bytes(config, **settings, batch_size=2, tokens=40, mixed_precision=False)
+    settings = {"target_modules": targets, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": checkpointed}
+    traced = memory.step_bytes(config, **settings, batch_size=2, tokens=40, mixed_precision=mixed)
     network = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    if mixed:
+        for layer in linear_layers(network).values():
+            layer.to(torch.bfloat16)
     network = get_peft_model(network, LoraConfig(r=4, lora_dropout=0.1, target_modules=targets)).train()
     live, ids = LiveBytes(), torch.zeros(2, 40, dtype=torch.long)
     live.ignore([*network.parameters(), *network.buffers()])
+    if checkpointed:
+        network.gradient_checkpointing_enable()
+        network.enable_input_require_grads()
     with live.mode:
-        output = network(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            output = network(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
         with torch.no_grad():
             entropy_from_logits(output.logits[..., :-1, :].contiguous())
         output.loss.backward()
     assert traced == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_step_by_hand(phi2):
+    """Two parts of a step that can be worked out on paper, at phi-2's width and vocabulary."""
+    batch, tokens = 2, 128
+    settings = {"target_modules": ["q_proj"], "lora_r": 1, "lora_dropout": 0.0, "gradient_checkpointing": True}
+
+    def step(layers: int) -> int:
+        phi2.num_hidden_layers = layers
+        return memory.step_bytes(phi2, **settings, batch_size=batch, tokens=tokens, mixed_precision=False)
+
+    try:
+        few, many = step(8), step(24)
+    finally:
+        phi2.num_hidden_layers = 32
+    # With recomputed activations a layer keeps what goes into it: a float32 for each token and dimension.
+    adapters = 16 * 2 * 2560 * 4  # and the gradients of its LoRA matrices of rank 1
+    assert many - few == pytest.approx(16 * batch * tokens * 2560 * 4 + adapters, rel=0.1)
+    # At the peak the logits live beside their log-softmax and its gradient, three or four times the vocabulary in all.
+    logits = batch * tokens * 51200 * 4
+    assert 3 * logits < few < 5 * logits
 
 
 @pytest.mark.slow
@@ -247,10 +280,53 @@ def test_on_an_old_card_the_plan_proposes_fp16(in_the_project, card):
 @pytest.mark.slow
 def test_on_a_card_that_is_too_small_the_plan_proposes_less(in_the_project, card, capsys):
     card(bf16=True)
-    in_the_project("phi2-oasst1", Machine(cores=8, memory=64 * GIB, disk=500 * GIB, gpu=6 * GIB, gpu_name="Card"))
+    small = Machine(cores=8, memory=64 * GIB, disk=500 * GIB, gpu=6 * GIB, gpu_name="Card")
+    in_the_project("phi2-oasst1", small)
     with pytest.raises(StageError, match="train: needs .* GiB on the GPU .*, 6.0 are there") as error:
         plan.main()
-    assert "per_device_train_batch_size" in str(error.value)
+    # Batches of half the size, and for evaluate's model in bfloat16, 5.2 GiB, of fewer conversations.
+    assert "fits: per_device_train_batch_size: " in str(error.value)
+    assert "merge" not in str(error.value)  # it turns to the CPU
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.split()[:1] == ["merge"]]
+    assert line.endswith("fits")
     in_the_project("phi2-oasst1", Machine(cores=8, memory=64 * GIB, disk=500 * GIB, gpu=24 * GIB, gpu_name="Card"))
     plan.main()
     assert "GPU" in capsys.readouterr().out
+
+
+def test_merge_turns_to_the_cpu_only_where_the_card_is_too_small():
+    planned = {"train": plan.Peak(9, 5), "merge": plan.Peak(16, 11), "export": plan.Peak(19, None)}
+    card = Machine(cores=8, memory=64, disk=500, gpu=12, gpu_name="Card")
+    assert [(n.needed, n.there) for n in plan.needs(planned, card)] == [(5, 12), (11, 12), (19, 64)]
+    small = dataclasses.replace(card, gpu=6)
+    assert [(n.needed, n.there) for n in plan.needs(planned, small)] == [(5, 6), (16, 64), (19, 64)]
+    none = dataclasses.replace(card, gpu=None)
+    assert [(n.needed, n.there) for n in plan.needs(planned, none)] == [(9, 64), (16, 64), (19, 64)]
+
+
+def test_no_change_is_named_that_is_not_needed(phi2, monkeypatch):
+    """Here only shorter conversations help: the milder changes before them are left as they are."""
+    monkeypatch.setattr(
+        plan, "peaks", lambda config, params, tokens: {"train": plan.Peak(0 if params.max_length <= 256 else 9, None)}
+    )
+    params = REFERENCE.model_copy(update={"fp16": False})
+    machine = Machine(cores=2, memory=5, disk=5, gpu=None)
+    assert plan.nearest(phi2, params, machine, 1024) == ["The nearest change that fits: max_length: 256"]
+    monkeypatch.setattr(plan, "peaks", lambda *_: {"train": plan.Peak(9, None)})
+    assert plan.nearest(phi2, params, machine, 1024)[0].startswith("No smaller setting of this model fits.")
+
+
+def test_lengths_are_taken_of_both_splits_and_of_these_parameters_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "TOKENIZED", tmp_path)
+    assert plan.tokenized(EMBEDDED) is None
+    (tmp_path / "params.json").write_text(json.dumps({"max_length": 256, "chat_template": "chatml"}))
+    pd.DataFrame({"length": [10, 80, 20, 30, 50, 40, 60, 70]}).to_parquet(tmp_path / "train.parquet")
+    pd.DataFrame({"length": [90, 10]}).to_parquet(tmp_path / "validation.parquet")
+    found = plan.tokenized(EMBEDDED)
+    # Batches of four of like lengths: 40 and 80 tokens long.
+    assert found == plan.Tokenized(conversations=8, longest=90, batch=60, held_out_tokens=100)
+    in_any_order = EMBEDDED.model_copy(update={"train_sampling_strategy": "random"})
+    assert plan.tokenized(in_any_order).batch == 75
+    assert plan.tokenized(EMBEDDED.model_copy(update={"max_length": 128})) is None
+    assert plan.tokenized(EMBEDDED.model_copy(update={"chat_template": "phi2"})) is None

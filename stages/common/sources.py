@@ -124,7 +124,9 @@ class HubSource(Source):
             if error.__class__ is OSError and error.errno is not None:
                 raise
             if isinstance(error, DatasetNotFoundError):
-                raise StageError(f"{where}: no such data set, or a private one. Check name and commit.") from None
+                raise StageError(
+                    f"{where}: no such data set, or a private one. Check name and commit; `hf auth login`."
+                ) from None
             raise StageError(
                 f"{where} could not be downloaded ({first_line(error)}). Check the network, try again."
             ) from None
