@@ -8,6 +8,7 @@ Run: `dvc repro export`
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,10 @@ def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         command = ["-m", "onnxruntime_genai.models.builder", "-m", "model", "-i", str(source), "-o", str(folder)]
         settings = ["-p", params.export_precision, "-e", "cpu", "-c", cache]
-        result = subprocess.run([sys.executable, *command, *settings, *options], capture_output=True, text=True)
+        # The builder writes down the commit of a git repository that it finds around itself: it would find this project's.
+        env = {**os.environ, "GIT_DIR": os.devnull}
+        command = [sys.executable, *command, *settings, *options]
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
     if result.returncode:
         failure = RuntimeError(result.stderr)
         if is_disk_full(failure):

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
+import onnxruntime_genai
 import pandas as pd
 import pytest
 import torch
@@ -55,6 +57,9 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, precision, near,
     expected = reference_logits(source.folder)
     assert logits.shape == expected.shape
     assert np.abs(logits - expected).max() < near * np.abs(expected).max()
+    # The builder's own commit: not that of the git repository around it, which is another with each of its commits.
+    made_by = onnx.load(tmp_path / "onnx/model.onnx", load_external_data=False).producer_version
+    assert made_by == f"{onnxruntime_genai.__version__}+{onnxruntime_genai.__commit__[:7]}"
 
 
 @pytest.mark.slow
