@@ -84,7 +84,7 @@ def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         command = ["-m", "onnxruntime_genai.models.builder", "-m", "model", "-i", str(source), "-o", str(folder)]
         settings = ["-p", params.export_precision, "-e", "cpu", "-c", cache]
-        # The builder writes down the commit of a git repository that it finds around itself: it would find this project's.
+        # The builder writes down the commit of a git repository around itself, and would take this project for its own.
         env = {**os.environ, "GIT_DIR": os.devnull}
         command = [sys.executable, *command, *settings, *options]
         result = subprocess.run(command, env=env, capture_output=True, text=True)
