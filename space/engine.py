@@ -30,6 +30,8 @@ FILES = (
     "chat_template.jinja",
     "card.json",
 )
+# Of a model's context, what is used: to read more takes a CPU minutes, and it would not stay within a Space's memory.
+LONGEST_CONTEXT = 4096
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 # Conversations are cut so that an answer has max_tokens left, but never more than this part of the context.
 LARGEST_ROOM = 1 / 4
@@ -76,7 +78,7 @@ class Engine:
         self.card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         self._prompt = PromptBuilder(folder)
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        self.context_length = settings["context_length"]
+        self.context_length = min(settings["context_length"], LONGEST_CONTEXT)
         ends = settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
         config = og.Config(str(folder))

@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 from stop_sequences import until_stop
 
 T = TypeVar("T")
+LONGEST_TOKEN = 32  # characters; on average of a conversation's tokens, far more than of any language
 SLOWEST_BODY = 20  # seconds in which a request must have arrived
 log = logging.getLogger("uvicorn.error")
 
@@ -180,6 +181,11 @@ def routes(engines: Mapping[str, Engine], queue: FairQueue) -> APIRouter:
         if sampling.max_tokens > engine.context_length:
             raise ApiError(400, f"max_tokens: the model's context has {engine.context_length} tokens", "max_tokens")
         messages = [message.as_dict() for message in asked.messages]
+        letters = sum(len(message["content"]) for message in messages)
+        if letters > (most := LONGEST_TOKEN * engine.context_length):  # before it takes a place in the line
+            raise ApiError(400, f"messages: {letters} characters are too long, more than {most}", "messages")
+        if messages[0]["role"] != "system" and (usual := engine.card.get("system_prompt")):
+            messages = [{"role": "system", "content": usual}, *messages]  # as in training
 
         def work(cancel: threading.Event) -> Iterator[Chunk]:
             return until_stop(engine.stream(messages, sampling, cancel), asked.stops)

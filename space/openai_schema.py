@@ -6,7 +6,7 @@ is refused, not ignored.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MOST_MESSAGES = 1000
 Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
@@ -14,6 +14,12 @@ Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_null(cls, fields: Any) -> Any:
+        """A null changes nothing, whatever its field; the openai client sends an answer's nulls back with it."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
 
 class Message(Part):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
 MODEL = Path("build/model")
+# By this file a repository is known as one that a deploy made: what else it holds is brought to what is deployed.
+MARKS = {"model": "onnx/card.json", "space": "model/tuned/card.json"}
 
 
 def build_model() -> Path:
@@ -88,6 +90,12 @@ def publish(api: "HfApi", repository: str, kind: str, folder: Path) -> None:
     with explained(repository):
         api.create_repo(repository, repo_type=kind, space_sdk="gradio" if kind == "space" else None, exist_ok=True)
         before = api.repo_info(repository, repo_type=kind).sha
+        names = set(api.list_repo_files(repository, repo_type=kind))
+        if names - {".gitattributes", "README.md"} and MARKS[kind] not in names:
+            raise StageError(
+                f"{kind} {repository} holds other things than a deploy puts there, and would lose them. "
+                "Choose another name: make deploy SPACE=user/name"
+            )
         api.upload_folder(
             repo_id=repository,
             repo_type=kind,

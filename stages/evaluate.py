@@ -182,10 +182,10 @@ def main() -> None:
             **per_token,
         }
     )
-    with write_whole(CONVERSATIONS) as partial:
-        table.to_csv(partial, index=False)
-    write_text(SAMPLES, samples_page(params.sample_prompts, answers, params.max_new_tokens))
-    write_json(METRICS, metrics)
+    with write_whole(CONVERSATIONS) as conversations, write_whole(SAMPLES) as samples, write_whole(METRICS) as figures:
+        table.to_csv(conversations, index=False)
+        write_text(samples, samples_page(params.sample_prompts, answers, params.max_new_tokens))
+        write_json(figures, metrics)
     difference = metrics["difference"]
     print(
         f"evaluate: perplexity {metrics['base']['perplexity']:.2f} -> {metrics['tuned']['perplexity']:.2f} on "

@@ -1,15 +1,19 @@
 """Run `dvc repro` alone in this folder, after mending what a killed one may have left half-written.
 
-DVC's other locks end with their process. These two files it writes in place, and would stumble over afterwards.
+DVC's other locks end with their process. These two files it writes in place, and would stumble over afterwards. SIGTERM
+is passed on to DVC and its stage: DVC alone would end and leave the stage at work.
 Run: `python -m stages.repro` (and what `dvc repro` takes); `make all` does.
 """
 
 import json
-import os
+import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from voluptuous import Invalid
@@ -62,7 +66,24 @@ def mend() -> None:
 def main() -> None:
     hold()
     mend()
-    os.execv(sys.executable, [sys.executable, "-m", "dvc", "repro", *sys.argv[1:]])
+    dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *sys.argv[1:]], close_fds=False)  # it holds on, too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them
+    ending: list[psutil.Process] = []
+    signal.signal(signal.SIGTERM, lambda *_: ending.extend(terminate(dvc.pid)))
+    code = dvc.wait()
+    psutil.wait_procs(ending)  # a training saves its step first
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def terminate(pid: int) -> list[psutil.Process]:
+    """Ask a process and all below it to end; returns them."""
+    family = []
+    with suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    return family
 
 
 if __name__ == "__main__":

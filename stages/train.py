@@ -343,7 +343,10 @@ def main() -> None:
         "held_out_loss_before": curves["validation"]["loss"].iloc[0],
         "held_out_loss_after": curves["validation"]["loss"].iloc[-1],
     }
-    with write_whole(ADAPTER) as folder:
+    with write_whole(LOSS) as curves_folder, write_whole(ADAPTER) as folder:
+        curves_folder.mkdir()
+        for split, curve in curves.items():
+            curve.to_csv(curves_folder / f"{split}.csv", index=False)
         trainer.model.save_pretrained(folder)
         # PEFT holds the target modules in a set, whose order is another in every process.
         config = read_json(folder / "adapter_config.json")
@@ -351,10 +354,6 @@ def main() -> None:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; merge writes a true one
         tokenizer.save_pretrained(folder)
         write_json(folder / "training.json", record)
-    with write_whole(LOSS) as folder:
-        folder.mkdir()
-        for split, curve in curves.items():
-            curve.to_csv(folder / f"{split}.csv", index=False)
     shutil.rmtree(checkpoints, ignore_errors=True)
     if CHECKPOINTS.is_dir() and not list(CHECKPOINTS.iterdir()):
         CHECKPOINTS.rmdir()

@@ -73,9 +73,12 @@ def same_question(recorded: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def largest_gap(recorded: Path, found: Path) -> float:
-    """The largest difference of loss (nats a token) between two folders: on the held-out data and, where both have
-    them, on the curves of training. Infinite when their steps are others."""
-    gaps = [0.0]
+    """The largest difference of loss (nats a token) between two folders: on the held-out data and on the curves of
+    training, as far as both have them. Infinite when their steps are others.
+
+    Raises StageError when there is nothing to compare.
+    """
+    gaps = []
     if (recorded / METRICS).is_file() and (found / METRICS).is_file():
         ours, theirs = (json.loads((folder / METRICS).read_text(encoding="utf-8")) for folder in (recorded, found))
         gaps += [abs(ours[model]["loss"] - theirs[model]["loss"]) for model in ("base", "tuned")]
@@ -83,6 +86,8 @@ def largest_gap(recorded: Path, found: Path) -> float:
         if (recorded / LOSS / f"{split}.csv").is_file() and (found / LOSS / f"{split}.csv").is_file():
             a, b = (pd.read_csv(folder / LOSS / f"{split}.csv") for folder in (recorded, found))
             gaps.append(float((a["loss"] - b["loss"]).abs().max()) if a["step"].equals(b["step"]) else float("inf"))
+    if not gaps:
+        raise StageError(f"the recorded run has no losses to compare with: get {LOSS} and {METRICS} from git.")
     return max(gaps)
 
 
@@ -90,13 +95,19 @@ def verdict(recorded: Path, found: Path) -> str:
     """What to say of a run beside the recorded one. Raises StageError when they differ by more than machines do."""
     ours, theirs = read_lock(recorded), read_lock(found)
     ours = {name: stage for name, stage in ours.items() if name in theirs}
-    if not ours:
+    if "train" not in ours:
         return "There is no recorded run to compare with (dvc.lock)."
     if not same_question(ours, theirs):
         return "The run in dvc.lock was made with other parameters, code or data: `dvc repro` records one of these."
     different = [path for path, md5 in outputs(ours).items() if outputs(theirs).get(path) != md5]
     if not different:
         return "The run in dvc.lock has the same bits, too."
+    first = next(name for name, stage in theirs.items() if different[0] in outputs({name: stage}))
+    if list(theirs).index(first) < list(theirs).index("train"):
+        raise StageError(
+            f"{different[0]} differs from the run in dvc.lock: before training nothing depends on the machine. "
+            "Look for what shapes it and is not pinned."
+        )
     gap = largest_gap(recorded, found)
     if not gap <= TOLERANCE:
         raise StageError(
@@ -105,8 +116,8 @@ def verdict(recorded: Path, found: Path) -> str:
             "The packages of the recorded run are in requirements.lock."
         )
     return (
-        f"The run in dvc.lock has other bits from {different[0]} on, as it was made on another machine; its losses are "
-        f"the same within {TOLERANCE} nats a token (largest difference {gap:.6f}): it is the same run."
+        f"The run in dvc.lock has other bits from {different[0]} on, as runs on another kind of machine have; its "
+        f"losses are the same within {TOLERANCE} nats a token (largest difference {gap:.6f}): it is the same run."
     )
 
 

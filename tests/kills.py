@@ -1,8 +1,9 @@
-"""Kill the pipeline at random moments, run it again each time, and compare what it makes with an unbroken run.
+"""Kill the pipeline at random moments of all its stages, run it again each time, and compare what it makes in the end.
 
-SIGKILL goes to the whole process group, as when a machine takes a job away. Whenever the pipeline is done before the
-next kill, its outputs are compared, and all is taken away to begin anew. Nothing is ever mended by hand.
-Run: `python -m tests.kills --kills 50 --seed 1` (about 20 minutes; `make test-long` runs it, too)
+SIGKILL goes to the whole process group, as when a machine takes a job away. When each stage had its kill, the pipeline
+runs to its end, its outputs are compared with an unbroken run's, and all is taken away to begin anew. Nothing is ever
+mended by hand.
+Run: `python -m tests.kills --kills 50 --seed 1` (`make test-long` runs it, too)
 """
 
 import argparse
@@ -16,12 +17,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-DONE = re.compile(r"Running stage '(\w+)'")
+RUNNING = re.compile(r"Running stage '(\w+)'")
 
 
 def locked_outputs(folder: Path) -> dict[str, str]:
@@ -39,33 +41,60 @@ def start_anew(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def run_with_kills(project: Any, kills: int, seed: int, *target: str, longest: float = 30) -> tuple[Counter, int]:
+def running_stages(output: IO[str]) -> list[str]:
+    """The stages that a pipeline writing to `output` has begun."""
+    return RUNNING.findall(Path(output.name).read_text(encoding="utf-8"))
+
+
+def durations(project: Any, target: tuple[str, ...]) -> dict[str, float]:
+    """Run the pipeline unbroken; the seconds each stage took, DVC's work after it included, by stage in order."""
+    began: dict[str, float] = {}
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = project.start("stages.repro", *target, output=output)
+        while process.poll() is None:
+            for stage in running_stages(output):
+                began.setdefault(stage, time.monotonic())
+            time.sleep(0.02)
+        assert process.returncode == 0, Path(output.name).read_text(encoding="utf-8")
+    ends = [*list(began.values())[1:], time.monotonic()]
+    return {stage: end - start for (stage, start), end in zip(began.items(), ends, strict=True)}
+
+
+def run_with_kills(project: Any, kills: int, seed: int, *target: str) -> tuple[Counter, int]:
     """Run `project` to its end again and again until it was killed `kills` times; its outputs must always be the same.
 
-    A kill comes after up to `longest` seconds, at a moment drawn from `seed`. Returns in which stage the kills fell
-    (`dvc` between them) and how often the pipeline was compared. Raises AssertionError when a run after a kill fails,
-    or when its outputs are others.
+    Kills take turns over the stages; each comes at a moment of its stage, or of DVC's work after it, that is drawn from
+    `seed`. Returns in which stage the kills fell and how often the pipeline was compared. Raises AssertionError when a
+    run after a kill fails, or when its outputs are others.
     """
-    assert project.run("stages.repro", *target)
+    seconds = durations(project, target)
     expected = locked_outputs(project.folder)
     start_anew(project.folder)
     moments, where, compared = random.Random(seed), Counter[str](), 0
+    waiting: list[str] = []  # the stages whose turn is still to come before the next comparison
+    fresh = True
     while True:
-        with tempfile.TemporaryFile("w+") as output:
+        if fresh:
+            chosen = moments.sample(list(seconds), min(len(seconds), kills - where.total()))
+            waiting = [stage for stage in seconds if stage in chosen]
+        fresh, stage = False, waiting.pop(0) if waiting else None
+        with tempfile.NamedTemporaryFile("w+") as output:
             process = project.start("stages.repro", *target, output=output)
-            if where.total() < kills:
-                try:
-                    process.wait(moments.uniform(0, longest))
-                except subprocess.TimeoutExpired:
+            while stage is not None and process.poll() is None and stage not in running_stages(output):
+                time.sleep(0.02)
+            if stage is not None and process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(moments.uniform(0, 1.1 * seconds[stage]))
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-            output.seek(0)
-            said = output.read()
-        if code == -signal.SIGKILL:
-            where[(DONE.findall(said) or ["dvc"])[-1]] += 1
-            print(f"kill {where.total()}: in {(DONE.findall(said) or ['dvc'])[-1]}", flush=True)
+            process.wait()
+            text = Path(output.name).read_text(encoding="utf-8")
+        if process.returncode == -signal.SIGKILL:
+            last = (RUNNING.findall(text) or ["dvc"])[-1]
+            where[last] += 1
+            print(f"kill {where.total()}: in {last}", flush=True)
             continue
-        assert code == 0, f"after {where.total()} kills a run failed:\n{said}"
+        assert process.returncode == 0, f"after {where.total()} kills a run failed:\n{text}"
         found = locked_outputs(project.folder)
         different = [path for path in expected if found.get(path) != expected[path]]
         assert not different, f"after {where.total()} kills, other outputs than without: {different}"
@@ -75,6 +104,7 @@ def run_with_kills(project: Any, kills: int, seed: int, *target: str, longest: f
         if where.total() >= kills:
             return where, compared
         start_anew(project.folder)
+        fresh = True
 
 
 def main() -> None:

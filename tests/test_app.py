@@ -95,7 +95,6 @@ def test_optional_fields_may_be_null_and_neutral():
     from openai_schema import ChatRequest
 
     neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "tools": None}
-    neutral.pop("tools")
     asked = ChatRequest.model_validate({"messages": HELLO, "temperature": None, "stop": None, **neutral})
     assert asked.sampling == {} and asked.stops == []
 
@@ -218,6 +217,32 @@ def test_the_openai_client_gets_an_answer(client):
 
     other = client.chat.completions.create(**{**options, "model": "base"})
     assert other.choices[0].message.content != choice.message.content
+
+
+@slow
+def test_a_conversation_goes_on_with_the_clients_own_message(client):
+    options = {"model": "tuned", "max_tokens": 8, "temperature": 0}
+    messages = list(HELLO)
+    first = client.chat.completions.create(messages=messages, **options)
+    messages += [first.choices[0].message, {"role": "user", "content": "Are you sure?"}]
+    second = client.chat.completions.create(messages=messages, **options)
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens + 8
+
+
+@slow
+def test_without_a_system_message_the_one_of_training_is_read(client):
+    system = {"role": "system", "content": "You are a helpful assistant."}  # the tiny models' card
+    read = [
+        client.chat.completions.create(model="tuned", messages=messages, max_tokens=1).usage.prompt_tokens
+        for messages in (HELLO, [system, *HELLO], [{"role": "system", "content": ""}, *HELLO])
+    ]
+    assert read[0] == read[1] > read[2]
+
+
+@slow
+def test_what_no_model_could_read_is_refused_before_the_line(client):
+    with pytest.raises(openai.BadRequestError, match="characters are too long, more than"):
+        client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": "a " * 200_000}])
 
 
 @slow

@@ -174,10 +174,14 @@ def test_base_and_tuned_answer_side_by_side(chat, address):
     assert base != tuned
     assert all("40 tokens" in answer.last.text_content() for answer in said)
     # Stop ends both.
+    chat.set_max_tokens(1000)
     box.fill("Once more")
     box.press("Enter")
+    wait_until(lambda: all(answer.count() == 4 and len(answer.nth(2).text_content()) > 5 for answer in said))
+    assert not idle(address)
     chat.page.locator("#compare-box").get_by_role("button", name="Stop").click()
     assert wait_until(lambda: idle(address)) < 1
+    wait_until(lambda: all("stopped" in answer.last.text_content() for answer in said))
 
 
 def test_the_card_is_on_the_page(chat):

@@ -1,5 +1,6 @@
 """Publishing: the hub gets the model and the Space, once; what is refused is one line; the Space it serves chats."""
 
+import ast
 import json
 import os
 import subprocess
@@ -45,7 +46,19 @@ def test_requirements_are_pinned_and_without_torch():
     text = (ROOT / "space/requirements.txt").read_text(encoding="utf-8")
     packages = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert packages and all("==" in line for line in packages)
-    assert not any(name in text.lower().split("#")[-1].splitlines()[1:] for name in ("torch", "transformers"))
+    names = {line.partition("==")[0].lower() for line in packages}
+    assert not names & {"torch", "transformers", "bitsandbytes", "peft", "trl", "datasets"}
+    locked = set((ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines())
+    assert set(packages) <= locked  # the versions that the tests run with
+    imported = set()
+    for path in (ROOT / "space").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    own = {path.stem for path in (ROOT / "space").glob("*.py")}
+    assert {name.replace("_", "-") for name in imported - own - sys.stdlib_module_names} <= names
     assert gradio_version(text)
 
 
@@ -137,6 +150,13 @@ def test_deploy(exported_project, hub, tmp_path):
     (project.folder / "space/extra.py").unlink()
     deploy("ada/chat")
     assert not (space / "extra.py").exists()
+
+    # A repository of that name that no deploy made is left alone.
+    other = hub.storage / "models/ada/other"
+    other.mkdir(parents=True)
+    (other / "thesis.md").write_text("hers\n")
+    hub.add("models", "ada/other", "9" * 40, other)
+    assert "ada/other holds other things" in refused("ada/other") and (other / "thesis.md").is_file()
 
     # The Space, as the hub gives it, runs alone.
     download = (

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -66,38 +67,62 @@ def test_repro_experiments_and_refusals(tiny_project):
     assert {path: (folder / path).read_bytes() for path in MADE} == before
 
 
-@pytest.mark.parametrize("step", [3, "end"])
-def test_a_killed_training_goes_on_from_its_checkpoint(tiny_project, step):
+PLACES = {
+    # where it is killed, and the checkpoint from which it goes on
+    "in its steps": ("trainer_callback.DefaultFlowCallback", "on_step_end", 3, 2),
+    "its checkpoint half written": ("trainer.Trainer", "_save_rng_state", 4, 2),
+    "its checkpoint not sealed": ("stages.checkpoints", "seal", 4, 2),
+    "its adapter not written": ("trainer_callback.CallbackHandler", "on_train_end", 4, 4),
+}
+
+
+@pytest.mark.parametrize("place", [pytest.param(p, marks=[] if "half" in p else pytest.mark.long) for p in PLACES])
+def test_a_killed_training_goes_on_from_its_checkpoint(tiny_project, place):
     for stage in ("fetch", "prepare", "tokenize"):
         tiny_project.run(f"stages.{stage}")
     unbroken = tiny_project.run("stages.train")
     assert "going on" not in unbroken.stdout
     adapter = digest_files([tiny_project.folder / "models/adapter"])
     curves = [(tiny_project.folder / f"reports/loss/{split}.csv").read_bytes() for split in ("train", "validation")]
-    # Killed in the middle of its steps, or when they are done and the adapter is about to be written.
-    place = (
-        "trainer_callback.DefaultFlowCallback.on_step_end"
-        if step == 3
-        else "trainer_callback.CallbackHandler.on_train_end"
-    )
+    owner, function, step, checkpoint = PLACES[place]
     (tiny_project.folder / "killed.py").write_text(
         "import os, runpy, signal\n"
-        "from transformers import trainer_callback\n"
-        f"real = {place}\n"
-        "def stop(self, args, state, control, **kwargs):\n"
-        f"    if state.global_step == {3 if step == 3 else 4}:\n"
+        "import stages.checkpoints\n"
+        "from transformers import trainer, trainer_callback\n"
+        f"owner, step = {owner}, {step}\n"
+        f"real = owner.{function}\n"
+        "def stop(first, *args, **kwargs):\n"
+        "    states = [getattr(x, 'state', x) for x in (first, *args)]\n"
+        "    steps = [s.global_step for s in states if hasattr(s, 'global_step')]\n"
+        f"    if (steps or [int(str(first).rpartition('-')[2])])[0] == step:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(self, args, state, control, **kwargs)\n"
-        f"{place} = stop\n"
+        "    return real(first, *args, **kwargs)\n"
+        f"owner.{function} = stop\n"
         "runpy.run_module('stages.train', run_name='__main__')\n"
     )
     assert tiny_project.run("killed", check=False).returncode == -9
     resumed = tiny_project.run("stages.train")
-    assert "going on from" in resumed.stdout and f"checkpoint-{2 if step == 3 else 4}" in resumed.stdout
+    assert re.search(rf"going on from .*checkpoint-{checkpoint}\n", resumed.stdout)
+    assert ("passing over" in resumed.stdout) == ("checkpoint" in place)
     again = [(tiny_project.folder / f"reports/loss/{split}.csv").read_bytes() for split in ("train", "validation")]
     assert again == curves
     assert digest_files([tiny_project.folder / "models/adapter"]) == adapter  # in every byte, also of its configuration
     assert not (tiny_project.folder / "models/checkpoints").exists()
+
+
+def test_an_edited_output_and_a_lost_cache_are_made_anew(tiny_project):
+    folder = tiny_project.folder
+    tiny_project.run("dvc", "repro", "prepare")
+    whole = digest_files([folder / "data/prepared"])
+    with (folder / "data/prepared/train.parquet").open("ab") as file:
+        file.write(b"x")
+    assert "data/prepared" in tiny_project.run("dvc", "status").stdout
+    assert stages_run(tiny_project.run("dvc", "repro", "prepare")) == []  # its cache of runs has it
+    assert digest_files([folder / "data/prepared"]) == whole
+    shutil.rmtree(folder / "data/prepared")
+    shutil.rmtree(folder / ".dvc/cache")
+    assert stages_run(tiny_project.run("dvc", "repro", "prepare"))[-1] == "prepare"
+    assert digest_files([folder / "data/prepared"]) == whole
 
 
 def test_queued_and_temporary_experiments_find_everything(tiny_project):

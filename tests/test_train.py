@@ -15,6 +15,7 @@ from stages.common.params import declared_keys, read_params
 from stages.common.scoring import score
 from stages.tokenize import load_template, set_special_tokens, tokenize
 from stages.train import (
+    CODE,
     add_adapter,
     build_trainer,
     check_logits,
@@ -278,15 +279,21 @@ def test_a_machine_that_cannot_is_refused(monkeypatch):
         check_machine(True, False, "flash_attention_2")
 
 
-def test_fingerprint_follows_params_and_data(llama_params, tmp_path, monkeypatch):
+def test_fingerprint_follows_params_data_model_code_and_packages(llama_params, tmp_path, monkeypatch):
+    assert {path.name for path in CODE} == {"train.py", "checkpoints.py", "models.py", "scoring.py"}
     monkeypatch.setattr("stages.train.TOKENIZED", tmp_path / "tokenized")
     monkeypatch.setattr("stages.train.BASE", tmp_path / "base")
-    for name in ("tokenized", "base"):
+    monkeypatch.setattr("stages.train.LOCK", tmp_path / "packages/file")
+    monkeypatch.setattr("stages.train.CODE", [tmp_path / "code/file"])
+    names = ("tokenized", "base", "packages", "code")
+    for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
-    first = fingerprint(llama_params)
-    assert fingerprint(llama_params) == first
-    (tmp_path / "tokenized/file").write_text("y")
-    second = fingerprint(llama_params)
+    seen = [fingerprint(llama_params)]
+    assert fingerprint(llama_params) == seen[0]
+    for name in names:
+        (tmp_path / name / "file").write_text("y")
+        seen.append(fingerprint(llama_params))
     llama_params.learning_rate = 0.5
-    assert len({first, second, fingerprint(llama_params)}) == 3
+    seen.append(fingerprint(llama_params))
+    assert len(set(seen)) == 6

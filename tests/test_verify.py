@@ -1,6 +1,7 @@
 """`make verify` names the first output that differs, and tells another machine from another run."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -56,13 +57,19 @@ def test_another_machine_is_told_from_another_run(tmp_path):
     one = made(tmp_path / "one")
     assert "has the same bits" in verdict(one, made(tmp_path / "same"))
     near = verdict(one, made(tmp_path / "near", weights="other", loss=2.0005))
-    assert "it was made on another machine" in near and "largest difference 0.000500" in near
+    assert "as runs on another kind of machine have" in near and "largest difference 0.000500" in near
     with pytest.raises(
         StageError, match="differs by 0.0020 nats a token .* first output that differs is models/adapter"
     ):
         verdict(one, made(tmp_path / "far", weights="other", loss=2.002))
     with pytest.raises(StageError, match="differs by inf"):
         verdict(one, made(tmp_path / "steps", weights="other", steps=(1, 3)))
+    with pytest.raises(StageError, match="data/raw differs .* before training nothing depends on the machine"):
+        verdict(one, made(tmp_path / "data", data="other", weights="other"))
+    bare = made(tmp_path / "bare", weights="other")
+    shutil.rmtree(bare / "reports")
+    with pytest.raises(StageError, match="no losses to compare with"):
+        verdict(bare, one)
     assert "with other parameters" in verdict(one, made(tmp_path / "params", weights="other", loss=9, seed=7))
     (tmp_path / "one/dvc.lock").unlink()
     assert "no recorded run" in verdict(one, made(tmp_path / "again"))
