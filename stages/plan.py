@@ -132,7 +132,7 @@ def peaks(config: "PretrainedConfig", params: Params, tokens: int) -> dict[str, 
     evaluated = memory.weight_bytes(shape, params.eval_dtype, False, False)
     stored = file_dtype(config)
     mapped = shape.parameters * memory.dtype_bytes(stored)
-    loading = memory.load_peak(shape, dtype, stored, four_bit)
+    loading = memory.load_peak(shape, dtype, stored, four_bit, double)
     stepping = memory.LIBRARIES + trained + round(memory.FRAGMENTATION * working)
     return {
         "train": Peak(max(loading, stepping), memory.CUDA_CONTEXT + trained + working),

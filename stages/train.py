@@ -80,7 +80,7 @@ def check_memory(base: Path, params: SimpleNamespace, machine: Machine | None = 
     weights = memory.weight_bytes(shape, dtype, params.load_in_4bit, params.bnb_4bit_use_double_quant)
     needed = weights + memory.adapter_bytes(shape, params.optim)
     if machine.gpu is None:
-        loading = memory.load_peak(shape, dtype, None, params.load_in_4bit)
+        loading = memory.load_peak(shape, dtype, None, params.load_in_4bit, params.bnb_4bit_use_double_quant)
         needed, there, where = max(memory.LIBRARIES + needed, loading), machine.memory, "this machine"
     else:
         needed, there, where = memory.CUDA_CONTEXT + needed, machine.gpu, machine.gpu_name

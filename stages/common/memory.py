@@ -20,8 +20,6 @@ GIB = 1024**3
 # Measured on a CPU with `python -m bench.plan` and `python -m bench.phi2_full_size`; see README.md.
 # Python with torch, transformers, trl and datasets, before any weight is loaded.
 LIBRARIES = int(0.65 * GIB)
-# What a 4-bit weight costs while the model is loaded: its half byte, and the pages the allocator keeps meanwhile.
-QUANTISING = 1.4
 # Pages that the allocator holds for each byte of tensors that live at the peak of a step.
 FRAGMENTATION = 1.34
 # What export holds for each byte of the model in float32: the builder's copies (20.4 GB for phi-2, one hand trial).
@@ -205,7 +203,7 @@ def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool, double_quant: boo
     return shape.parameters * dtype_bytes(dtype)
 
 
-def load_peak(shape: Shape, dtype: str, file_dtype: str | None, load_in_4bit: bool) -> int:
+def load_peak(shape: Shape, dtype: str, file_dtype: str | None, load_in_4bit: bool, double_quant: bool) -> int:
     """Resident peak of loading on a CPU: the libraries, the mapped weight files and the weights made from them.
 
     The system can take mapped pages away: without `file_dtype` they are left out, which gives the least that is needed.
@@ -213,7 +211,9 @@ def load_peak(shape: Shape, dtype: str, file_dtype: str | None, load_in_4bit: bo
     """
     mapped = shape.parameters * dtype_bytes(file_dtype) if file_dtype and (load_in_4bit or file_dtype != dtype) else 0
     if load_in_4bit:
-        return LIBRARIES + mapped + shape.unquantised * dtype_bytes(dtype) + round(shape.quantised * QUANTISING)
+        quantising = 2 * shape.largest_linear * dtype_bytes(dtype)  # the layer, converted, and its parts
+        weights = shape.unquantised * dtype_bytes(dtype) + quantised_bytes(shape.quantised, double_quant)
+        return LIBRARIES + mapped + weights + quantising
     return LIBRARIES + mapped + shape.parameters * dtype_bytes(dtype)
 
 

@@ -1,7 +1,9 @@
 """Loading models and tokenizers the same way in every stage, on a GPU or a CPU."""
 
 import copy
-from contextlib import suppress
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +47,18 @@ def load_model(
     logging.disable_progress_bar()
     check_weights(folder)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            output_loading_info=True,
-            dtype=dtype,
-            quantization_config=quantization,
-            attn_implementation=attn_implementation,
-            device_map={"": 0} if use_gpu and torch.cuda.is_available() else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        with _pages_given_back():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                output_loading_info=True,
+                dtype=dtype,
+                quantization_config=quantization,
+                attn_implementation=attn_implementation,
+                device_map={"": 0} if use_gpu and torch.cuda.is_available() else None,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if is_disk_full(error):
             raise
@@ -72,16 +75,28 @@ def load_model(
         # form without autograd: the training after it would silently lose its gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    _give_back()
     return model
 
 
-def _give_back() -> None:
-    """Return to the system the pages that loading has freed: glibc keeps those of quantising, 2 GiB for phi-2."""
-    import ctypes
+@contextmanager
+def _pages_given_back() -> Iterator[None]:
+    """Let glibc map large blocks one by one meanwhile: freed, they are the system's again at once.
 
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    It would else keep those of converting and quantising weights, 3 to 4 GiB for phi-2. See mallopt(3).
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 20)
+    except (OSError, AttributeError):  # another C library
+        yield
+        return
+    try:
+        yield
+    finally:
+        libc.mallopt(mmap_threshold, 32 << 20)  # where glibc's own, growing thresholds end
+        libc.mallopt(trim_threshold, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
