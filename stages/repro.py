@@ -43,8 +43,29 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def held_by_the_dead() -> bool:
+    """Whether all whom DVC's table of locks names are killed processes that nobody has taken notice of (zombies).
+
+    DVC takes them for living ones; in a container whose first process does not collect them they stay for good.
+    """
+    if not RWLOCK.is_file():
+        return False
+    table = json.loads(RWLOCK.read_text(encoding="utf-8"))
+    readers = [holder for holders in table.get("read", {}).values() for holder in holders]
+    holders = [holder["pid"] for holder in [*readers, *table.get("write", {}).values()]]
+    return bool(holders) and all(map(is_dead, holders))
+
+
+def is_dead(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def mend() -> None:
-    """Put half-written files of DVC's aside. Raises StageError for a dvc.lock that somebody else broke."""
+    """Put aside what a killed DVC left: half-written files, and locks. Raises StageError for a dvc.lock that somebody
+    else broke."""
     for path, what in (
         (RWLOCK, "DVC starts another"),
         (LOCK, "DVC writes it anew, from its cache of runs where it can"),
@@ -61,6 +82,8 @@ def mend() -> None:
         aside = RWLOCK.with_name(f"{path.name}.damaged")
         path.replace(aside)
         print(f"{path} was not written to its end, and is now {aside}: {what}.", flush=True)
+    if held_by_the_dead():
+        RWLOCK.unlink()
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What happens to a run: kills, signals, a full disk, a second run beside it. Nothing is lost or mended by hand."""
 
+import json
 import os
 import re
 import shutil
@@ -55,6 +56,25 @@ def test_what_a_kill_leaves_of_dvcs_own_files_is_mended(tiny_project):
     (folder / "dvc.lock").write_text("<<<<<<< HEAD\na: 1\n=======\n")
     refused = tiny_project.run("stages.repro", check=False)
     assert refused.returncode == 1 and "error: dvc.lock holds a merge conflict" in refused.stderr
+
+
+def test_the_locks_of_killed_processes_that_nobody_collected_are_no_bar(tiny_project):
+    tiny_project.run("stages.repro", "fetch")
+    made = str(tiny_project.folder / "models/base")
+    zombie = subprocess.Popen(["true"])
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    rwlock = tiny_project.folder / ".dvc/tmp/rwlock"
+    held = {"read": {}, "write": {made: {"pid": zombie.pid, "cmd": "dvc repro"}}}
+    rwlock.write_text(json.dumps(held))
+    refused = tiny_project.run("dvc", "repro", "--force", "fetch", check=False)
+    assert "is busy, it is being blocked by" in refused.stderr  # as DVC alone would have it
+    rwlock.write_text(json.dumps(held))
+    assert stages_run(tiny_project.run("stages.repro", "--force", "fetch").stdout) == ["fetch"]
+    # A living one is respected.
+    rwlock.write_text(json.dumps({"read": {}, "write": {made: {"pid": os.getpid(), "cmd": "dvc repro"}}}))
+    assert tiny_project.run("stages.repro", "--force", "fetch", check=False).returncode != 0
+    zombie.wait()
 
 
 # Signals ---------------------------------------------------------------------------------------------------------
