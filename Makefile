@@ -33,7 +33,8 @@ all: setup  ## Set up, run every stage whose inputs changed, and print a summary
 	@$(PY) -m stages.summary
 
 serve: setup  ## Serve the chat page and an OpenAI-style API on loopback: make serve PORT=7860
-	@$(PY) space/app.py --models models/onnx --port $(PORT)
+	@$(PY) space/app.py --models models/onnx --port $(PORT) \
+		--commit "$$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)"
 
 chat: setup  ## Chat with the exported model in the terminal.
 	@$(PY) space/chat.py --model models/onnx/tuned

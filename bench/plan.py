@@ -33,8 +33,8 @@ def main() -> None:
             shutil.copyfile(ROOT / name, project / name)
         with (project / "params.yaml").open("w", encoding="utf-8") as file:
             YAML().dump(params.model_dump(), file)
-        for stage, peak in planned.items():
-            rows.append((stage, peak.cpu / GIB, measured(project, f"stages.{stage}")[0]))
+        for stage in ("train", "merge", "evaluate", "export"):
+            rows.append((stage, planned[stage].cpu / GIB, measured(project, f"stages.{stage}")[0]))
     print("\n| stage | planned, GiB | measured, GiB | planned / measured |\n| --- | --- | --- | --- |")
     for stage, ours, theirs in rows:
         print(f"| {stage} | {ours:.2f} | {theirs:.2f} | {ours / theirs:.2f} |")

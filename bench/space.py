@@ -31,7 +31,7 @@ def memory(process: subprocess.Popen) -> int:
 
 def first_page(address: str) -> bool:
     try:
-        return "<title>" in httpx.get(address, timeout=5).text
+        return 'property="og:title"' in httpx.get(address, timeout=5).text
     except httpx.TransportError:
         return False
 

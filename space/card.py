@@ -34,10 +34,14 @@ def subtitle(card: Card) -> str:
     return " · ".join(parts)
 
 
-def about(cards: Mapping[str, Card]) -> str:
-    """The cards of all models, by name, as one Markdown page; the first is the tuned model's."""
+def about(cards: Mapping[str, Card], commit: str = "") -> str:
+    """The cards of all models, by name, as one Markdown page; the first is the tuned model's.
+
+    `commit`: that of the project which serves them.
+    """
     first = next(iter(cards.values()))
-    parts = [_measured(cards), _table("Where it comes from", _origin(first))]
+    origin = {**_origin(first), **({"Project's commit": _code(commit)} if commit else {})}
+    parts = [_measured(cards), _table("Where it comes from", origin)]
     training = (first.get("training") or {}).get("params") or {}
     for heading, params in (("Training parameters", training), ("Export parameters", first.get("export") or {})):
         parts.append(_table(heading, {key: _code(value) for key, value in params.items()}, ("parameter", "value")))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime_genai as og
 from prompt import Message, PromptBuilder
-from prompt_cache import PromptCache
+from prompt_cache import PromptCache, tokens_in_step
 from sampling import Sampling, choose
 from text_stream import TextStream
 
@@ -64,7 +64,7 @@ class Engine:
     """One exported model in memory. Safe for threads: it gives one answer at a time, others wait.
 
     `folder` holds what the export stage wrote; `threads` is the number of CPUs to compute on (None: all that may be
-    used). Raises FileNotFoundError when a file of the model is missing.
+    used). Raises FileNotFoundError when a file of the model is missing, ValueError when one is damaged.
     """
 
     card: dict[str, Any]
@@ -75,16 +75,22 @@ class Engine:
         for name in FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no exported model: {name} is missing")
-        self.card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        self._prompt = PromptBuilder(folder)
-        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        self.context_length = min(settings["context_length"], LONGEST_CONTEXT)
-        ends = settings["eos_token_id"]
-        self._ends = set(ends if isinstance(ends, list) else [ends])
-        config = og.Config(str(folder))
-        session = {"intra_op_num_threads": threads or usable_cpus()}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-        self._cache = PromptCache(og.Model(config), self.context_length)
+        try:
+            self.card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+            self._prompt = PromptBuilder(folder)
+            settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+            self.context_length = min(settings["context_length"], LONGEST_CONTEXT)
+            ends = settings["eos_token_id"]
+            self._ends = set(ends if isinstance(ends, list) else [ends])
+            config = og.Config(str(folder))
+            session = {"intra_op_num_threads": threads or usable_cpus()}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            model = og.Model(config)
+        except Exception as error:  # the libraries have bare ones
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{folder} holds a damaged model ({reason})") from error
+        size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+        self._cache = PromptCache(model, self.context_length, tokens_in_step(size))
         self._lock = threading.Lock()
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:

@@ -23,7 +23,7 @@ THEME = gr.themes.Soft(
 )
 
 
-def chat_page(engines: Mapping[str, Engine], queue: FairQueue) -> gr.Blocks:
+def chat_page(engines: Mapping[str, Engine], queue: FairQueue, commit: str = "") -> gr.Blocks:
     """The page for `engines` by the name of their model; the first is the one to chat with."""
     engine = next(iter(engines.values()))
     with gr.Blocks(title=title(engine.card), fill_height=True, analytics_enabled=False) as page:
@@ -39,7 +39,7 @@ def chat_page(engines: Mapping[str, Engine], queue: FairQueue) -> gr.Blocks:
                 compare_view(engines, queue, settings)
             views.append(compare)
         with gr.Tab("About the model") as about_tab:
-            gr.Markdown(about({name: engine.card for name, engine in engines.items()}), elem_id="about")
+            gr.Markdown(about({name: engine.card for name, engine in engines.items()}, commit), elem_id="about")
         panel.render()
         for view in views:
             view.select(lambda: gr.update(visible=True), None, panel, **AT_ONCE)

@@ -7,10 +7,21 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-# Tokens read in one step: few enough to stop within a second, and to keep the logits of a step small.
-STEP = 128
+# Tokens read in one step at most: it keeps the logits of a step small.
+LONGEST_STEP = 128
+SHORTEST_STEP = 16
+# A step reads few enough tokens to be stopped within a second: two cores read some 60 of a model of 1 GB.
+TOKENS_TIMES_BYTES = 32e9
 # A generator is made with room for at least so many tokens, and for the conversation to grow to twice its length.
 LEAST_ROOM = 128
+
+
+def tokens_in_step(model_bytes: int) -> int:
+    """How many tokens a model of this size reads at a time, between two looks at whether it shall stop.
+
+    By its size, not its speed: the same conversation is always read in the same steps, and gives the same bits.
+    """
+    return int(min(LONGEST_STEP, max(SHORTEST_STEP, TOKENS_TIMES_BYTES // max(1, model_bytes))))
 
 
 class KeptGenerator:
@@ -50,9 +61,10 @@ class PromptCache:
     Not safe for threads: the engine's lock guards it.
     """
 
-    def __init__(self, model: og.Model, context_length: int) -> None:
+    def __init__(self, model: og.Model, context_length: int, step: int = LONGEST_STEP) -> None:
         self._model = model
         self._context_length = context_length
+        self._step = step
         self._kept: list[KeptGenerator] = []  # the last used one is last
 
     def prepare(self, ids: Sequence[int], room: int, cancel: threading.Event) -> tuple[KeptGenerator | None, int]:
@@ -67,7 +79,7 @@ class PromptCache:
             if cancel.is_set():
                 self.keep(generator)
                 return None, reused
-            generator.read(ids[start : start + STEP])
+            generator.read(ids[start : start + self._step])
         return generator, reused
 
     def keep(self, generator: KeptGenerator) -> None:

@@ -4,6 +4,7 @@ Importing any of them first turns off what phones home or only makes noise: thes
 libraries are imported, so they are set here, before any of them is.
 """
 
+import logging
 import os
 
 for name, value in {
@@ -18,3 +19,6 @@ for name, value in {
     "DO_NOT_TRACK": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+# It works without the faster kernels that it looks for at each load of a 4-bit model, and would say so each time.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

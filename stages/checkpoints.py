@@ -3,10 +3,9 @@
 They lie in models/checkpoints/FINGERPRINT/checkpoint-STEP/ and are no output of a stage. `stages/train.py` uses them.
 """
 
-import fcntl
-import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,8 @@ from stages.common.errors import StageError
 
 # Written last: a checkpoint without it was not written to its end.
 SEAL = "seal.json"
+# Seconds in which SIGTERM counts once: schedulers send it to a whole group, whose heads pass it on.
+ECHO = 3.0
 # Runs given up half-way whose checkpoints are kept, for whoever goes back to their parameters.
 ABANDONED_RUNS = 2
 
@@ -37,19 +38,30 @@ def seal(checkpoint: Path, loss_sum: float, last_logged: int) -> None:
     write_json(checkpoint / SEAL, {"sha256": digest, "loss_sum": loss_sum, "last_logged": last_logged})
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; a line is printed for each newer one that is not."""
+def newest_first(folder: Path) -> list[Path]:
     numbered = {int(p.name.partition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
-    for _, path in sorted(numbered.items(), reverse=True):
+    return [path for _, path in sorted(numbered.items(), reverse=True)]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; newer ones that are not are removed, with a line for each."""
+    for path in newest_first(folder):
         try:
             recorded = read_json(path / SEAL)["sha256"]
         except (StageError, KeyError, TypeError):
             print(f"train: passing over {path}: it was not written to its end", flush=True)
-            continue
-        if recorded == content_digest(path):
-            return path
-        print(f"train: passing over {path}: it is damaged, its files are not those that were written", flush=True)
+        else:
+            if recorded == content_digest(path):
+                return path
+            print(f"train: passing over {path}: it is damaged, its files are not those that were written", flush=True)
+        shutil.rmtree(path)
     return None
+
+
+def remove_older(folder: Path, keep: int) -> None:
+    """Keep the newest few checkpoints in `folder`: to be called when the newest is sealed, never before."""
+    for path in newest_first(folder)[keep:]:
+        shutil.rmtree(path)
 
 
 def remove_abandoned(folder: Path, current: str) -> None:
@@ -60,27 +72,12 @@ def remove_abandoned(folder: Path, current: str) -> None:
         shutil.rmtree(path)
 
 
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if need be): a second training waits until the first, asked to stop, has saved."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("train: waiting for another training in this folder to end", flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 class StopWhenAsked(TrainerCallback):
     """On Ctrl-C or SIGTERM, finish the running step, save it and end the training. A second signal ends it at once."""
 
     def __init__(self) -> None:
         self.asked: str | None = None  # the signal's name
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -93,8 +90,10 @@ class StopWhenAsked(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if number == signal.SIGTERM and time.monotonic() - self._since < ECHO:
+                return
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+        self.asked, self._since = signal.Signals(number).name, time.monotonic()
         print(f"\ntrain: {self.asked}: finishing this step and saving it (once more: stop at once)", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,46 +1,74 @@
 """Publish the model and the chat app on the Hugging Face hub: a model repository and a Space, both called user/name.
 
-Reads models/merged/, models/adapter/, models/onnx/tuned and what build/space/ is made from. What the hub already has is
-not sent again: a second deploy of the same sends nothing, and one that was cut goes on where it was.
+Reads models/merged/, models/adapter/, models/onnx/, reports/ and what build/space/ is made from. The Space takes its
+models from the model repository, at the commit that was just published: the hub bounds the size of a Space's own. What
+the hub already has is not sent again: a second deploy of the same sends nothing, and one that was cut goes on.
 Run: `make deploy SPACE=user/name`; with `DRY=1` it only lists what would go.
 """
 
 import argparse
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.common.artifacts import write_whole
+from stages.common.artifacts import read_json, write_json, write_text, write_whole
 from stages.common.errors import StageError, first_line, run_stage
-from stages.space import BASE, ONNX, build_space
+from stages.space import BASE, ONNX, Pin, build_space
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
+REPORTS = [Path("reports/metrics.json"), Path("reports/export.json"), Path("reports/samples.md")]
 MODEL = Path("build/model")
 # By this file a repository is known as one that a deploy made: what else it holds is brought to what is deployed.
-MARKS = {"model": "onnx/card.json", "space": "model/tuned/card.json"}
+MARKS = {"model": "onnx/tuned/card.json", "space": "models.json"}
+UNPUBLISHED = "0" * 40  # the commit in a dry run's Space
 
 
-def build_model() -> Path:
-    """Make build/model/ anew and return it: the merged model with its card, and below it ONNX form and adapter."""
+def build_model(repository: str) -> Path:
+    """Make build/model/ anew and return it: the merged model, its ONNX form, the adapter, what was measured, a card."""
     for folder in (MERGED, ADAPTER, ONNX / "tuned"):
         if not folder.is_dir():
             raise StageError(f"{folder} is missing. Run `make all` to make it.")
+    base = read_json(BASE / "source.json")["source"]
     with write_whole(MODEL) as folder:
         # Links, not copies: a large model would be on the disk twice.
         shutil.copytree(MERGED, folder, copy_function=_link)
-        shutil.copytree(ONNX / "tuned", folder / "onnx", copy_function=_link)
+        shutil.copytree(ONNX, folder / "onnx", copy_function=_link)
         shutil.copytree(ADAPTER, folder / "adapter", copy_function=_link)
-        for licence in BASE.glob("LICENSE*"):
+        for licence in BASE.glob("LICEN*"):
             shutil.copyfile(licence, folder / licence.name)
+        for report in REPORTS:
+            if report.is_file():
+                (folder / report.parent).mkdir(exist_ok=True)
+                _link(str(report), str(folder / report))
+        # What names folders of this project names the hub's repositories there.
+        config = read_json(ADAPTER / "adapter_config.json")
+        on_hub = base if ":" not in base else None
+        write_json(folder / "adapter/adapter_config.json", {**config, "base_model_name_or_path": on_hub})
+        card = (MERGED / "README.md").read_text(encoding="utf-8")
+        write_text(folder / "README.md", hub_card(card, repository))
     return MODEL
+
+
+def hub_card(card: str, repository: str) -> str:
+    """The merged model's card as the model repository shows it."""
+    here = card.replace(f'"{MERGED}"', f'"{repository}"').replace("in the project's `reports/", "in `reports/")
+    return f"""{here}
+## What else is here
+| folder | what it holds |
+| --- | --- |
+| `onnx/` | the tuned and the base model for onnxruntime-genai on CPUs, each with its card (`card.json`) |
+| `adapter/` | the LoRA adapter alone, and all that shaped its training (`training.json`) |
+| `reports/` | what was measured, and sample answers |
+
+Try it: [the chat page](https://huggingface.co/spaces/{repository}).
+"""
 
 
 def _link(source: str, target: str) -> None:
@@ -75,7 +103,8 @@ def explained(repository: str) -> Iterator[None]:
         if status == 401:
             raise StageError(f"the hub does not accept the token. {log_in}") from None
         if status == 403:
-            raise StageError(f"the token may not write to {repository}. {log_in}") from None
+            said = getattr(error, "server_message", None) or "no reason given"
+            raise StageError(f"the token may not write to {repository} ({said}). {log_in}") from None
         raise StageError(f"{repository}: the hub refused ({first_line(error)}). Run it again to go on.") from None
     except OfflineModeIsEnabled:
         raise StageError("HF_HUB_OFFLINE is set: nothing can be published. Unset it.") from None
@@ -85,8 +114,11 @@ def explained(repository: str) -> Iterator[None]:
         ) from None
 
 
-def publish(api: "HfApi", repository: str, kind: str, folder: Path) -> None:
-    """Make the repository ("model" or "space") if need be, and bring it to what `folder` holds, in one commit."""
+def publish(api: "HfApi", repository: str, kind: str, folder: Path) -> str:
+    """Make the repository ("model" or "space") if need be, and bring it to what `folder` holds, in one commit.
+
+    Returns the commit that it is at then.
+    """
     with explained(repository):
         api.create_repo(repository, repo_type=kind, space_sdk="gradio" if kind == "space" else None, exist_ok=True)
         before = api.repo_info(repository, repo_type=kind).sha
@@ -106,6 +138,7 @@ def publish(api: "HfApi", repository: str, kind: str, folder: Path) -> None:
         after = api.repo_info(repository, repo_type=kind).sha
     state = "as it was" if before == after else f"now at {after}"
     print(f"deploy: {kind} {repository} is {state}", flush=True)
+    return str(after)
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -116,13 +149,20 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     chosen = options()
     name = chosen.repository
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise StageError(f"say where to: make deploy SPACE=user/name ({first_line(error)})") from None
+    if "/" not in name:
         raise StageError(f"say where to: make deploy SPACE=user/name (not {name!r})")
-    folders = {"model": build_model(), "space": build_space(name)}
+    model = build_model(name)
     if chosen.dry:
-        for kind, folder in folders.items():
+        for kind, folder in {"model": model, "space": build_space(Pin(name, UNPUBLISHED))}.items():
             print("\n".join(listing(name, kind, folder)))
         return
 
@@ -131,8 +171,8 @@ def main() -> None:
     api = HfApi()
     with explained(name):
         print(f"deploy: as {api.whoami()['name']}", flush=True)
-    for kind, folder in folders.items():
-        publish(api, name, kind, folder)
+    revision = publish(api, name, "model", model)
+    publish(api, name, "space", build_space(Pin(name, revision)))
     print(f"The page: {api.endpoint}/spaces/{name}   The model: {api.endpoint}/{name}")
 
 

@@ -195,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_at_a_time=True)

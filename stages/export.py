@@ -10,6 +10,7 @@ Run: `dvc repro export`
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from stages.common import memory
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
 from stages.common.errors import StageError, is_disk_full, run_stage
+from stages.common.machine import Machine, this_machine
 from stages.common.models import check_weights, load_config, load_model, load_tokenizer
 from stages.common.params import load_params
 from stages.common.scoring import score
@@ -37,6 +40,7 @@ DATA_SOURCE = Path("data/raw/source.json")
 ONNX = Path("models/onnx")
 REPORT = Path("reports/export.json")
 
+LARGER = "Run `dvc repro` on a larger machine, where models/merged is (dvc push, dvc pull)."
 # Greedy answers on which merged and exported model are compared, token by token.
 ANSWERS = 8
 ANSWER_TOKENS = 32
@@ -71,6 +75,13 @@ def quantisation(params: SimpleNamespace, layers: int, tied: bool) -> dict[str, 
     }
 
 
+def check_memory(source: Path, machine: Machine) -> None:
+    """Raise StageError when the model in float32, which the builder loads, is more than this machine can hold."""
+    shape = memory.shape_of(load_config(source), [], 1)
+    needed = memory.LIBRARIES + shape.parameters * memory.dtype_bytes("float32")
+    memory.check_room("exporting takes at least", needed, machine.memory, "this machine", LARGER)
+
+
 def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
     """Export the model in `source` into `folder`, which is made. Raises StageError with the builder's reason.
 
@@ -92,6 +103,8 @@ def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
         failure = RuntimeError(result.stderr)
         if is_disk_full(failure):
             raise failure
+        if result.returncode == -signal.SIGKILL:
+            raise StageError(f"the system ended the export of {source}, most likely for want of memory. {LARGER}")
         reason = next(reversed(result.stderr.strip().splitlines()), f"status {result.returncode}")
         raise StageError(
             f"{source} could not be exported as {params.export_precision} ({reason}). "
@@ -191,13 +204,15 @@ def measure(source: Path, folder: Path, tokenizer: "PreTrainedTokenizerBase", ro
     """What the export of `source` into `folder` cost: on the held-out tokens, and on greedy answers of `source`."""
     import torch
 
-    exported = Exported(folder)
-    scores = exported.score(rows, f"scoring {folder.name}, exported")
+    # One after the other: a large model need not be in memory twice.
     model = load_model(source, torch.float32).eval()
     print(f"export: {folder.name}: scoring and answering as it was before", flush=True)
     before = perplexity(score(model, rows, BATCH, tokenizer.pad_token_id))
     prompts = [list(row.input_ids[: list(row.assistant_masks).index(1)]) for row in rows.head(ANSWERS).itertuples()]
     answers = greedy_answers(model, tokenizer, prompts)
+    del model
+    exported = Exported(folder)
+    scores = exported.score(rows, f"scoring {folder.name}, exported")
     after = perplexity(scores)
     return {
         "perplexity_before": round(before, 4),
@@ -234,8 +249,9 @@ def main() -> None:
     names = ["tuned", "base"] if params.export_base else ["tuned"]
     for name in names:
         check_weights(SOURCES[name])
+        check_memory(SOURCES[name], this_machine())
     report: dict[str, Any] = {"precision": params.export_precision}
-    with write_whole(ONNX) as partial:
+    with write_whole(REPORT) as figures, write_whole(ONNX) as partial:
         for name in names:
             print(f"export: {name}: {SOURCES[name]}/ to {params.export_precision}", flush=True)
             folder = partial / name
@@ -245,7 +261,7 @@ def main() -> None:
             if name == "tuned":
                 check_loss(report[name]["perplexity_increase"], params.export_max_perplexity_increase)
             write_json(folder / "card.json", card(name, params, report[name], rows))
-    write_json(REPORT, report)
+        write_json(figures, report)
     tuned = report["tuned"]
     print(
         f"export: perplexity {tuned['perplexity_before']:.2f} -> {tuned['perplexity']:.2f} "
@@ -255,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_at_a_time=True)

@@ -1,8 +1,9 @@
 """Fetch the pinned data set and the base model.
 
 Reads the sources that params.yaml names (and data/sample, data/local for local ones).
-Writes data/raw/1/, data/raw/2/, … (each data set's files, untouched), models/base/ (safetensors, tokenizer, config),
-and data/raw/source.json (a list) and models/base/source.json, which say where they came from. Run: `dvc repro fetch`
+Writes data/raw/1/, data/raw/2/, … (each data set's files; of a repository of the hub one parquet file a split),
+models/base/ (safetensors, tokenizer, config), and data/raw/source.json (a list) and models/base/source.json, which say
+where they came from. Run: `dvc repro fetch`
 """
 
 import re
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, network=True)
+    run_stage(main, network=True, one_at_a_time=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stages.common import memory
 from stages.common.artifacts import read_json, write_text, write_whole
 from stages.common.errors import StageError, first_line, run_stage
-from stages.common.machine import this_machine
+from stages.common.machine import Machine, this_machine
 from stages.common.models import load_config, load_model, load_tokenizer, quantization_config, torch_dtype
 from stages.common.params import load_params
 
@@ -91,12 +91,19 @@ def mean_difference(ours: list["torch.Tensor"], theirs: list["torch.Tensor"]) ->
     return torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)]).mean().item()
 
 
-def fits_gpu(base: Path, trained: SimpleNamespace, merge_base: str) -> bool:
-    """Whether the GPU can hold the model in float32: a card that trains it in 4 bits need not. Else the CPU merges."""
-    card = this_machine().gpu
+def choose_device(base: Path, trained: SimpleNamespace, merge_base: str, machine: Machine) -> bool:
+    """Whether the GPU can hold the model in float32: a card that trains it in 4 bits need not. Else the CPU merges.
+
+    Raises StageError when it has too little memory, too.
+    """
     shape = memory.shape_of(load_config(base), trained.target_modules, trained.lora_r)
-    needed = memory.CUDA_CONTEXT + memory.merge_bytes(shape, merge_base, trained.bnb_4bit_use_double_quant)
-    return card is not None and needed <= card
+    needed = memory.merge_bytes(shape, merge_base, trained.bnb_4bit_use_double_quant)
+    if machine.gpu is not None and memory.CUDA_CONTEXT + needed <= machine.gpu:
+        return True
+    less = "Set merge_base: original, or run" if merge_base == "dequantized" else "Run"
+    mend = f"{less} `dvc repro` on a larger machine, where {ADAPTER} is (dvc push, dvc pull)."
+    memory.check_room("merging takes", memory.LIBRARIES + needed, machine.memory, "this machine", mend)
+    return False
 
 
 def merge_adapter(
@@ -211,8 +218,8 @@ def main() -> None:
     )
     # FlashAttention computes in 16 bits only, and merging is in float32.
     attn_implementation = "eager" if trained.attn_implementation == "eager" else "sdpa"
+    use_gpu = choose_device(BASE, trained, params.merge_base, this_machine())
     print(f"merge: adapter into the {params.merge_base} base", flush=True)
-    use_gpu = fits_gpu(BASE, trained, params.merge_base)
     model, expected = merge_adapter(
         BASE, ADAPTER, params.merge_base, quantization, attn_implementation, tokenizer, use_gpu
     )
@@ -241,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_at_a_time=True)

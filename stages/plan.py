@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,13 @@ from stages.common.memory import GIB
 from stages.common.models import check_targets
 from stages.common.params import Params, read_params
 from stages.common.sources import FileSource, HubSource, as_list, parse_source
+from stages.export import BATCH as EXPORT_BATCH
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BASE = Path("models/base")
+RAW_SOURCE = Path("data/raw/source.json")
 TOKENIZED = Path("data/tokenized")
 CONFIGS = Path("recipes/configs")
 
@@ -34,20 +37,31 @@ CONFIGS = Path("recipes/configs")
 # What the plan is made from --------------------------------------------------------------------------------------
 
 
-def find_config(base_model: str, revision: str | None) -> tuple[dict[str, Any], str, int | None]:
-    """The config.json of a base model, where it was found, and the bytes of its download where they are known."""
+@dataclass(frozen=True)
+class Found:
+    """A base model's config.json, where it was found, the bytes of its download (None: those of its weights), and
+    whether the model is fetched already."""
+
+    config: dict[str, Any]
+    where: str
+    download: int | None
+    fetched: bool = False
+
+
+def find_config(base_model: str, revision: str | None) -> Found:
+    """The configuration of a base model, from the nearest place that has it."""
     fetched = BASE / "source.json"
     if fetched.is_file() and (source := read_json(fetched))["source"] == base_model and source["revision"] == revision:
-        return read_json(BASE / "config.json"), str(BASE), 0
+        return Found(read_json(BASE / "config.json"), str(BASE), 0, fetched=True)
     for path in sorted(CONFIGS.glob("*.json")):
         known = read_json(path)
         if (known["base_model"], known["base_model_revision"]) == (base_model, revision):
-            return known["config"], str(path), known.get("download_bytes")
+            return Found(known["config"], str(path), known.get("download_bytes"))
     source = parse_source(base_model, revision)
     if isinstance(source, FileSource) and (source.path / "config.json").is_file():
-        return read_json(source.path / "config.json"), str(source.path), 0
+        return Found(read_json(source.path / "config.json"), str(source.path), 0)
     if isinstance(source, HubSource) and source.file is None:
-        return source.config(), "the hub (config.json alone)", None
+        return Found(source.config(), "the hub (config.json alone)", None)
     raise StageError(f"the configuration of {base_model} is inside its package. `dvc repro fetch`, then `make plan`.")
 
 
@@ -74,9 +88,12 @@ class Tokenized:
 
 
 def tokenized(params: Params) -> Tokenized | None:
-    """data/tokenized/, if it was made with the very parameters that are planned for."""
+    """data/tokenized/, if it was made of the very data and with the very parameters that are planned for."""
     recorded = TOKENIZED / "params.json"
     if not recorded.is_file() or any(getattr(params, k, v) != v for k, v in read_json(recorded).items()):
+        return None
+    sources = zip(as_list(params.dataset), as_list(params.dataset_revision), strict=True)
+    if not RAW_SOURCE.is_file() or [(s["source"], s["revision"]) for s in read_json(RAW_SOURCE)] != list(sources):
         return None
     train, held_out = (read_parquet(TOKENIZED / f"{split}.parquet")["length"] for split in ("train", "validation"))
     if params.train_sampling_strategy == "group_by_length":
@@ -113,7 +130,8 @@ def peaks(config: "PretrainedConfig", params: Params, tokens: int) -> dict[str, 
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
     adapter = memory.adapter_bytes(shape, params.optim)
     scoring = memory.scoring_bytes(config, params.per_device_eval_batch_size, tokens)
-    step = memory.step_bytes(
+    step_of = partial(
+        memory.step_bytes,
         config,
         target_modules=params.target_modules,
         lora_r=params.lora_r,
@@ -126,7 +144,7 @@ def peaks(config: "PretrainedConfig", params: Params, tokens: int) -> dict[str, 
     )
     dtype, four_bit, double = train_dtype(params), params.load_in_4bit, params.bnb_4bit_use_double_quant
     dequantised = shape.largest_linear * memory.dtype_bytes(dtype) if four_bit else 0
-    working = max(step, scoring) + dequantised
+    working, working_gpu = (max(step_of(on_gpu=gpu), scoring) + dequantised for gpu in (False, True))
     trained = memory.weight_bytes(shape, dtype, four_bit, double) + adapter
     merged = memory.merge_bytes(shape, params.merge_base, double)
     evaluated = memory.weight_bytes(shape, params.eval_dtype, False, False)
@@ -134,15 +152,21 @@ def peaks(config: "PretrainedConfig", params: Params, tokens: int) -> dict[str, 
     mapped = shape.parameters * memory.dtype_bytes(stored)
     loading = memory.load_peak(shape, dtype, stored, four_bit, double)
     stepping = memory.LIBRARIES + trained + round(memory.FRAGMENTATION * working)
+    # Export builds in one process, and then scores the model in float32 in its own.
+    building = round(memory.EXPORTING * shape.parameters * memory.dtype_bytes("float32"))
+    scoring_export = memory.scoring_bytes(config, EXPORT_BATCH, tokens)
+    merged_file = shape.parameters * memory.dtype_bytes(params.merge_dtype)
+    measuring = shape.parameters * 4 + max(merged_file, round(memory.FRAGMENTATION * scoring_export))
+    loaded = memory.CUDA_CONTEXT + memory.weight_bytes(shape, dtype, four_bit, double)
     return {
-        "train": Peak(max(loading, stepping), memory.CUDA_CONTEXT + trained + working),
+        "load": Peak(loading, loaded),
+        "train": Peak(max(loading, stepping), memory.CUDA_CONTEXT + trained + working_gpu),
         "merge": Peak(memory.LIBRARIES + merged + (mapped if stored != "float32" else 0), memory.CUDA_CONTEXT + merged),
         "evaluate": Peak(
             memory.LIBRARIES + evaluated + max(mapped, round(memory.FRAGMENTATION * scoring)),
             memory.CUDA_CONTEXT + evaluated + scoring,
         ),
-        # The builder holds the model in float32 and what it makes of it.
-        "export": Peak(memory.LIBRARIES + round(memory.EXPORTING * shape.parameters * 4), None),
+        "export": Peak(memory.LIBRARIES + max(building, measuring), None),
     }
 
 
@@ -174,14 +198,14 @@ def needs(planned: dict[str, Peak], machine: Machine) -> list[Need]:
     return result
 
 
-def disk(config: "PretrainedConfig", params: Params, download: int | None) -> dict[str, int]:
+def disk(config: "PretrainedConfig", params: Params, download: int | None, fetched: bool) -> dict[str, int]:
     """Bytes yet to be written: the hub's or package's cache, the outputs, DVC's copies of them, and checkpoints."""
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
     base = shape.parameters * memory.dtype_bytes(file_dtype(config))
     outputs = shape.parameters * memory.dtype_bytes(params.merge_dtype) + shape.adapter * 4
     exported = {"int4": 1, "int8": 1, "fp16": 2, "fp32": 4}[params.export_precision]  # at most: int4 keeps some in int8
     outputs += shape.parameters * exported * (1 + params.export_base)
-    if download != 0:  # else it is fetched, and in the cache
+    if not fetched:  # else it is there, and in DVC's cache
         outputs += base
     return {
         "download": base if download is None else download,
@@ -234,6 +258,7 @@ def probe(params: Params, tokens: int) -> float:
         else None
     )
     model = load_model(BASE, dtype, quantization=quantization, attn_implementation=params.attn_implementation)
+    memory.use_training_head(model)
     model = add_adapter(model, SimpleNamespace(**params.model_dump())).train()
     if params.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -243,7 +268,8 @@ def probe(params: Params, tokens: int) -> float:
     for _ in range(2):
         started = time.perf_counter()
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward()
+            loss = memory.training_loss(model, ids)
+        loss.backward()
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -261,8 +287,8 @@ def main() -> None:
     from stages.train import check_machine
 
     params, machine = read_params(), this_machine()
-    values, found, download = find_config(params.base_model, params.base_model_revision)
-    config = configuration(values)
+    found = find_config(params.base_model, params.base_model_revision)
+    config = configuration(found.config)
     shape = memory.shape_of(config, params.target_modules, params.lora_r)
     check_targets(config, params.target_modules)
     problems = []
@@ -271,14 +297,14 @@ def main() -> None:
         return "fits" if needed <= there else red(f"TOO MUCH: there are {there / GIB:.1f} GiB")
 
     gpu = f"{machine.gpu_name} with {machine.gpu / GIB:.1f} GiB" if machine.gpu else "no GPU"
-    print(f"Plan for {params.base_model}\non {', '.join(as_list(params.dataset))} (configuration from {found})")
+    print(f"Plan for {params.base_model}\non {', '.join(as_list(params.dataset))} (configuration from {found.where})")
     here = f"{machine.cores} cores, {machine.memory / GIB:.1f} GiB of memory, {gpu}, {machine.disk / GIB:.0f} GiB free"
     print(f"Here: {here}\n")
     share = 100 * shape.adapter / shape.parameters
     print(f"  weights    {shape.parameters:,} in the base, {shape.adapter:,} ({share:.2f} %) in the LoRA adapter")
     seen = params.max_steps * params.per_device_train_batch_size * params.gradient_accumulation_steps
     print(f"  training   {params.max_steps} steps, {seen:,} conversations, at most {seen * params.max_length:,} tokens")
-    data = tokenized(params) if found == str(BASE) else None
+    data = tokenized(params) if found.fetched else None
     tokens = data.longest if data else params.max_length
     if data:
         print(
@@ -295,7 +321,7 @@ def main() -> None:
             problems.append(f"{need.stage}: needs {need.needed / GIB:.1f} GiB{need.where}, {there}")
     if params.fp16 and machine.gpu is None and (card := planned["train"].gpu):
         print(f"  {'':10} {card / GIB:5.1f}   what train would take of a GPU (by formula, unmeasured)")
-    sizes = disk(config, params, download)
+    sizes = disk(config, params, found.download, found.fetched)
     needed = sum(sizes.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items())
     print(f"\n  disk, GiB  {needed / GIB:5.1f}   {fits(needed, machine.disk)}")

@@ -14,13 +14,11 @@ import json
 import re
 import sys
 import unicodedata
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from stages.common.artifacts import read_json, write_json, write_whole
@@ -58,9 +56,9 @@ INSTRUCTION_COLUMNS = (
 def read_messages(folder: Path, dataset: int = 0) -> pd.DataFrame:
     """All message rows under `folder`, in file order, with the hub split a file's name states (None elsewhere).
 
-    Columns: message_id, parent_id, message_tree_id, tree_state, text, role, lang, rank, deleted, synthetic,
-    review_result, quality, toxicity, system, split, bad, dataset (as given). `bad` says where and why a row is no
-    message (None elsewhere).
+    Columns: message_id, parent_id, message_tree_id (of the second data set on behind its number), tree_state, text,
+    role, lang, rank, deleted, synthetic, review_result, quality, toxicity, system, split, bad (where and why a row is
+    no message, None elsewhere), dataset (as given).
     """
     files = sorted(p for p in folder.glob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
     if not files:
@@ -74,11 +72,14 @@ def read_messages(folder: Path, dataset: int = 0) -> pd.DataFrame:
             if isinstance(top, str):
                 rows.append({**message_row({}, split_of(file)), "bad": f"{where}: {top}"})
                 continue
-            for row in flatten(top, f"{dataset + 1}/{name}-{number}"):
+            for row in flatten(top, f"{name}-{number}"):
                 rows.append(message_row(row, split_of(file), where))
     if not rows:
         raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
     table = pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
+    if dataset:  # two data sets may use the same ids for other messages
+        for name in ("message_id", "parent_id", "message_tree_id"):
+            table[name] = [f"{dataset + 1}/{text}" if isinstance(text, str) else text for text in table[name]]
     return table.assign(dataset=dataset)
 
 
@@ -89,13 +90,16 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """
     try:
         if file.suffix == ".parquet":
-            yield from enumerate(pd.read_parquet(file, dtype_backend="pyarrow").to_dict("records"), 1)
+            from pyarrow.parquet import ParquetFile
+
+            batches = ParquetFile(file).iter_batches(1000)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             return
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, parse_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except Exception as error:  # gzip, zlib and pyarrow have their own
         raise StageError(
             f"{file.name} cannot be read ({first_line(error)}). Is it damaged? Put a whole one there, then `dvc repro`."
         ) from None
@@ -141,7 +145,7 @@ def flatten(row: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
 
 def turns_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The role/content turns of a row that is a conversation: `messages`, or an instruction and its response."""
-    if isinstance(row.get("messages"), list | np.ndarray):
+    if isinstance(row.get("messages"), list):
         # An empty conversation, or what is no turn in one, is still a row: a bad one, which is counted.
         return [dict(turn) if isinstance(turn, dict) else {} for turn in row["messages"]] or [{}]
     for question, answer in INSTRUCTION_COLUMNS:
@@ -194,7 +198,7 @@ def message_row(row: dict[str, Any], split: str | None, where: str = "a row") ->
         names, values = labels.get("name"), labels.get("value")
         if isinstance(labels.get("quality"), dict):  # nested export: {quality: {value, count}}
             quality = labels["quality"].get("value")
-        elif isinstance(names, list | np.ndarray) and isinstance(values, list | np.ndarray):  # flat rows
+        elif isinstance(names, list) and isinstance(values, list):  # flat rows
             quality = next((value for name, value in zip(names, values, strict=False) if name == "quality"), None)
     message_id = get("message_id", str)
     fields = {
@@ -619,6 +623,18 @@ def _only_used(
     return funnel.drop(messages, messages["message_id"].isin(used), reason, conversations)
 
 
+def read_sources(path: Path) -> list[dict[str, Any]]:
+    """What fetch wrote of each data set. Raises StageError when it is no such list."""
+    sources = read_json(path)
+    if not (
+        isinstance(sources, list)
+        and sources
+        and all(isinstance(s, dict) and {"source", "revision"} <= s.keys() for s in sources)
+    ):
+        raise StageError(f"{path} is not as fetch writes it. Delete it and run `dvc repro`.")
+    return sources
+
+
 def check_known(source: dict[str, Any], messages: int, trees: int) -> str | None:
     """A warning when a data set that everybody knows, at a known commit, was read with other counts; else None."""
     known = KNOWN_COUNTS.get((source["source"], source["revision"]))
@@ -632,7 +648,7 @@ def check_known(source: dict[str, Any], messages: int, trees: int) -> str | None
 
 def main() -> None:
     params = load_params("prepare")
-    sources = read_json(RAW / "source.json")
+    sources = read_sources(RAW / "source.json")
     tables = []
     for number, source in enumerate(sources):
         tables.append(read_messages(RAW / str(number + 1), number))
@@ -656,15 +672,15 @@ def main() -> None:
         split_seed=params.split_seed,
         system_prompt=params.system_prompt,
     )
-    with write_whole(PREPARED) as folder:
+    with write_whole(FUNNEL) as report, write_whole(PREPARED) as folder:
+        write_json(report, funnel)
         folder.mkdir()
         for name, conversations in splits.items():
             conversations.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "params.json", vars(params))
-    write_json(FUNNEL, funnel)
     kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
     print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_at_a_time=True)

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
@@ -19,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 from voluptuous import Invalid
 
 from stages.alone import hold
+from stages.common.artifacts import write_json
 from stages.common.errors import StageError, run_stage
 
 RWLOCK = Path(".dvc/tmp/rwlock")
@@ -43,17 +45,24 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def held_by_the_dead() -> bool:
-    """Whether all whom DVC's table of locks names are killed processes that nobody has taken notice of (zombies).
+def release_the_dead() -> None:
+    """Take out of DVC's table of locks the killed processes that nobody has taken notice of (zombies).
 
     DVC takes them for living ones; in a container whose first process does not collect them they stay for good.
     """
     if not RWLOCK.is_file():
-        return False
+        return
     table = json.loads(RWLOCK.read_text(encoding="utf-8"))
-    readers = [holder for holders in table.get("read", {}).values() for holder in holders]
-    holders = [holder["pid"] for holder in [*readers, *table.get("write", {}).values()]]
-    return bool(holders) and all(map(is_dead, holders))
+    alive: dict[str, Any] = {
+        "write": {path: holder for path, holder in table.get("write", {}).items() if not is_dead(holder["pid"])},
+        "read": {
+            path: living
+            for path, holders in table.get("read", {}).items()
+            if (living := [holder for holder in holders if not is_dead(holder["pid"])])
+        },
+    }
+    if alive != table:
+        write_json(RWLOCK, alive)
 
 
 def is_dead(pid: int) -> bool:
@@ -80,33 +89,29 @@ def mend() -> None:
                 f"{path} holds a merge conflict. Choose a side: git checkout --ours {path}, then dvc repro."
             )
         aside = RWLOCK.with_name(f"{path.name}.damaged")
+        aside.parent.mkdir(parents=True, exist_ok=True)
         path.replace(aside)
         print(f"{path} was not written to its end, and is now {aside}: {what}.", flush=True)
-    if held_by_the_dead():
-        RWLOCK.unlink()
+    release_the_dead()
 
 
 def main() -> None:
     hold()
     mend()
+    ending: set[psutil.Process] = set()  # also those whom DVC, having ended, no longer leads to
+
+    def terminate(*_: object) -> None:
+        ending.update(psutil.Process().children(recursive=True))
+        for member in ending:
+            with suppress(psutil.NoSuchProcess):
+                member.terminate()
+
+    signal.signal(signal.SIGTERM, terminate)
     dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *sys.argv[1:]], close_fds=False)  # it holds on, too
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them
-    ending: list[psutil.Process] = []
-    signal.signal(signal.SIGTERM, lambda *_: ending.extend(terminate(dvc.pid)))
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to all of them
     code = dvc.wait()
     psutil.wait_procs(ending)  # a training saves its step first
     sys.exit(code if code >= 0 else 128 - code)
-
-
-def terminate(pid: int) -> list[psutil.Process]:
-    """Ask a process and all below it to end; returns them."""
-    family = []
-    with suppress(psutil.NoSuchProcess):
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    return family
 
 
 if __name__ == "__main__":

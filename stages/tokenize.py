@@ -211,8 +211,9 @@ def main() -> None:
             "Choose a base_model whose files belong together."
         )
 
+    prepared = read_json(PREPARED / "params.json", ["system_prompt"])
     counts = {}
-    with write_whole(TOKENIZED) as folder:
+    with write_whole(TOKENS) as report, write_whole(TOKENIZED) as folder:
         folder.mkdir()
         for split in SPLITS:
             conversations = read_parquet(PREPARED / f"{split}.parquet", COLUMNS)
@@ -226,9 +227,9 @@ def main() -> None:
                 f"tokenize: {split}: {counts[split]['conversations']} conversations, {counts[split]['tokens']} tokens"
             )
         tokenizer.save_pretrained(folder / "tokenizer")
-        write_json(folder / "params.json", {**read_json(PREPARED / "params.json"), **vars(params)})
-    write_json(TOKENS, counts)
+        write_json(folder / "params.json", {**prepared, **vars(params)})
+        write_json(report, counts)
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_at_a_time=True)

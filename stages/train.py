@@ -84,13 +84,9 @@ def check_memory(base: Path, params: SimpleNamespace, machine: Machine | None = 
         needed, there, where = max(memory.LIBRARIES + needed, loading), machine.memory, "this machine"
     else:
         needed, there, where = memory.CUDA_CONTEXT + needed, machine.gpu, machine.gpu_name
-    if needed > there:
-        less = "Take" if params.load_in_4bit else "Set load_in_4bit: true, or take"
-        raise StageError(
-            f"the model and its adapter take {needed / memory.GIB:.1f} GiB, and {where} has "
-            f"{there / memory.GIB:.1f} GiB. {less} the small recipe (make recipe NAME=smollm2-cpu); "
-            "`make plan` says what each stage needs."
-        )
+    less = "Take" if params.load_in_4bit else "Set load_in_4bit: true, or take"
+    mend = f"{less} the small recipe (make recipe NAME=smollm2-cpu); `make plan` says what each stage needs."
+    memory.check_room("the model and its adapter take", needed, there, where, mend)
 
 
 def lora_config(params: SimpleNamespace) -> "LoraConfig":
@@ -180,7 +176,7 @@ def build_trainer(
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    from stages.checkpoints import seal
+    from stages.checkpoints import remove_older, seal
 
     class Trainer(SFTTrainer):
         def create_model_card(self, *args: object, **kwargs: object) -> None:
@@ -188,14 +184,19 @@ def build_trainer(
 
         def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            # The trainer would remove the older ones before the new one is sealed: a kill in between would lose all.
+            keep, self.args.save_total_limit = self.args.save_total_limit, None
             try:
                 super()._save_checkpoint(*args, **kwargs)
                 seal(folder, self._tr_loss.item(), self._globalstep_last_logged)
+                remove_older(folder.parent, keep)
             except BaseException as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 if is_disk_full(error):
                     raise StageError(f"{folder}: {DISK_FULL}") from error
                 raise
+            finally:
+                self.args.save_total_limit = keep
 
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             # Evaluating must not change the training after it: whatever it draws, the random state is put back.
@@ -268,8 +269,12 @@ def fingerprint(params: SimpleNamespace) -> str:
     """A name for all that shapes a run: a checkpoint is only ever resumed by a run with the same one."""
     import hashlib
 
+    import torch
+
     files = digest_files([TOKENIZED, BASE, *CODE, *([LOCK] if LOCK.exists() else [])])
-    return hashlib.sha256(f"{sorted(vars(params).items())} {files}".encode()).hexdigest()[:16]
+    # On a CPU sums depend on how many threads add them up.
+    threads = 0 if torch.cuda.is_available() else torch.get_num_threads()
+    return hashlib.sha256(f"{sorted(vars(params).items())} {files} {threads}".encode()).hexdigest()[:16]
 
 
 def resume(trainer: "SFTTrainer", checkpoint: Path) -> None:
@@ -278,14 +283,21 @@ def resume(trainer: "SFTTrainer", checkpoint: Path) -> None:
 
     from stages.checkpoints import RestoreLossSum
 
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step >= trainer.args.max_steps:
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state
-        return
-    trainer.args.eval_on_start = False  # the checkpoint's log has that
-    trainer.add_callback(RestoreLossSum(trainer, checkpoint))
-    trainer.train(resume_from_checkpoint=str(checkpoint))
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            return
+        trainer.args.eval_on_start = False  # the checkpoint's log has that
+        trainer.add_callback(RestoreLossSum(trainer, checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    except Exception as error:  # torch raises pickle's own, and pickle is imported nowhere here
+        if "Weights only load failed" not in str(error):
+            raise
+        raise StageError(
+            f"{checkpoint} holds what is no training state, and was not loaded. Delete it and run `dvc repro`."
+        ) from None
 
 
 def train_to_the_end(trainer: "SFTTrainer", checkpoints: Path) -> None:
@@ -309,7 +321,7 @@ def train_to_the_end(trainer: "SFTTrainer", checkpoints: Path) -> None:
 
 
 def main() -> None:
-    from stages.checkpoints import only_one, remove_abandoned
+    from stages.checkpoints import remove_abandoned
 
     params = load_params("train")
     check_machine(params.fp16, params.bf16, params.attn_implementation)
@@ -317,6 +329,7 @@ def main() -> None:
     check_memory(BASE, params)
     train, validation = (read_parquet(TOKENIZED / f"{split}.parquet", COLUMNS) for split in ("train", "validation"))
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
+    prepared = read_json(TOKENIZED / "params.json", ["chat_template", "system_prompt"])
 
     dtype = compute_dtype(params.fp16, params.bf16)
     quantization = (
@@ -330,13 +343,12 @@ def main() -> None:
     checkpoints = CHECKPOINTS / fingerprint(params)
     trainer = build_trainer(model, training_arguments(params, checkpoints), train, validation, tokenizer)
     check_logits(model, list(train["input_ids"][train["length"].argmax()]), dtype)
-    with only_one(CHECKPOINTS):
-        remove_abandoned(CHECKPOINTS, checkpoints.name)
-        train_to_the_end(trainer, checkpoints)
+    remove_abandoned(CHECKPOINTS, checkpoints.name)
+    train_to_the_end(trainer, checkpoints)
 
     curves = loss_curves(trainer.state.log_history)
     record = {
-        "params": {**read_json(TOKENIZED / "params.json"), **vars(params)},
+        "params": {**prepared, **vars(params)},
         "train_conversations": len(train),
         "train_supervised_tokens": int(sum(sum(mask) for mask in train["assistant_masks"])),
         "held_out_conversations": len(validation),
@@ -362,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_at_a_time=True)

@@ -5,6 +5,7 @@ No test needs a network or a downloaded model.
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -266,9 +267,10 @@ class Project:
         }
 
     def start(self, *command: str, output: int | IO = subprocess.PIPE) -> subprocess.Popen:
-        """Start `python -m command` as the head of a process group, as a terminal does; its errors go to its output."""
+        """Start `python -m command` (or `make …`) as the head of a process group, as a terminal does; its errors go to
+        its output."""
         return subprocess.Popen(
-            [sys.executable, "-m", *command],
+            command if command[0] == "make" else [sys.executable, "-m", *command],
             cwd=self.folder,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
@@ -277,6 +279,14 @@ class Project:
             text=True,
             start_new_session=True,
         )
+
+    def make_environment(self) -> None:
+        """What `make setup` would make, without an installation: an environment that is this one."""
+        python = self.folder / ".venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
+        (self.folder / ".venv/installed").touch()
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
         """Run `python -m command` in the project, without a terminal."""

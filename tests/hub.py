@@ -30,6 +30,7 @@ class Hub:
         self.gated: set[str] = set()
         self.private: set[str] = set()  # and nobody has a token for them
         self.faults: Counter[str] = Counter()  # "503", "cut" or "damaged": how often yet
+        self.busy: Counter[str] = Counter()  # files whose next downloads are answered 503, by name
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
         self.address = ""
@@ -111,7 +112,11 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
             hub.authorizations.add(self.headers.get("Authorization") or "")
-            if hub.take_fault("503"):
+            name = path.rpartition("/")[2]
+            if self.command == "GET" and "/resolve/" in path and hub.busy[name] > 0:
+                hub.busy[name] -= 1
+                self.reply(503, {"error": "busy"})
+            elif hub.take_fault("503"):
                 self.reply(503, {"error": "busy"})
             elif path == "/api/whoami-v2":
                 user = self.user()

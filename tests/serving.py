@@ -1,6 +1,7 @@
 """The chat app for tests: tiny exported models, and the app on a free port of loopback."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def export_tiny(folder: Path) -> Path:
         card = {
             "name": name,
             "base_model": {"source": "file:data/local/tiny", "revision": None, "license": None},
+            "datasets": [{"source": "ada/trees", "revision": "9" * 40, "license": "apache-2.0"}]
+            if name == "tuned"
+            else [],
             "training": {"params": {"lora_r": 16}} if name == "tuned" else None,
             "system_prompt": "You are a helpful assistant.",
             "export": {"export_precision": "int4"},
@@ -61,14 +65,20 @@ class Paced:
 
 
 @contextmanager
-def served(engines, queue) -> Iterator[str]:
-    """The app of these engines in this process, in a thread of its own; gives its address."""
+def served(engines, queue, send_buffer: int | None = None, **settings) -> Iterator[str]:
+    """The app of these engines in this process, in a thread of its own; gives its address.
+
+    `settings` are uvicorn's; `send_buffer`: what the system holds for a client that does not read.
+    """
     import uvicorn
     from app import build, listen
 
     listener = listen("127.0.0.1", 0)
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(build(engines, queue), log_level="warning", timeout_graceful_shutdown=1))
+    settings = {"log_level": "warning", "timeout_graceful_shutdown": 1, **settings}
+    server = uvicorn.Server(uvicorn.Config(build(engines, queue, "a1b2c3"), **settings))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -31,7 +31,8 @@ OUTPUTS = {
 }
 # What tells a user where to turn: a path or key to correct, or a command to run.
 HOW_TO_MEND = re.compile(
-    r"dvc repro|make all|params\.yaml|recipe|Mend|Correct|[Ss]et |Put |[Rr]aise|Move|Choose|[Ll]oosen|Delete|Copy|must"
+    r"dvc repro|make all|in params\.yaml|recipe|Mend|Correct|[Ss]et |Put |[Rr]aise|Move|Choose|[Ll]oosen|Delete|Copy"
+    r"|must (be|have|match) |see the table"
 )
 
 
@@ -300,7 +301,7 @@ VALUES = {
     "max_bad_rows: 2": "max_bad_rows: 2: must be less than or equal to 1",
     "lerning_rate: 1": "lerning_rate: is not a parameter",
     "save_steps: 1000": "save_steps: 1000: must be at most max_steps",
-    "base_model: nonsense": "base_model: 'nonsense': 'nonsense' is neither owner/name",
+    "base_model: nonsense": "base_model: 'nonsense': 'nonsense' must be owner/name",
     "base_model: 5": "base_model: 5: must be a valid string",
     "base_model: microsoft/phi-2": "base_model_revision: 'sha256:",
     "dataset: pypi:package/file": "dataset: 'pypi:package/file'",
@@ -464,6 +465,14 @@ def without_a_weight(file) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def with_infinite_norm(file) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    weights["model.norm.weight"].fill_(float("inf"))
+    save_file(weights, file, metadata={"format": "pt"})
+
+
 def unpickled(adapter) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
 
@@ -493,6 +502,15 @@ def no_rows(name):
 
 PREPARED, TOKENIZED = "data/prepared/train.parquet", "data/tokenized/validation.parquet"
 STATES = {
+    "sources, no list": ("prepare", rewrite("data/raw/source.json", "{}"), "is not as fetch writes it"),
+    "sources, of nothing": ("prepare", rewrite("data/raw/source.json", "[{}]"), "is not as fetch writes it"),
+    "prepared, its params a list": ("tokenize", rewrite("data/prepared/params.json", "[]"), "holds no JSON object"),
+    "tokens, their params a list": ("train", rewrite("data/tokenized/params.json", "[]"), "holds no JSON object"),
+    "base, numbers that are none": (
+        "train",
+        lambda p: with_infinite_norm(p / "models/base/model.safetensors"),
+        "logits are not finite in this number format, before any training",
+    ),
     "prepared, gone": ("tokenize", unlink(PREPARED), "train.parquet is missing"),
     "prepared, edited": ("tokenize", rewrite(PREPARED, "x"), "train.parquet cannot be read"),
     "prepared, without a column": ("tokenize", drop_column(PREPARED, "trained"), "has no trained"),
@@ -574,6 +592,23 @@ def test_what_a_stage_finds_of_the_stages_before_it(case, made, tmp_path, monkey
     damage(folder)
     line = refused(stage, capsys)
     assert said in line, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, said", [("train", "adapter take"), ("merge", "merging takes"), ("export", "exporting takes at least")]
+)
+def test_a_stage_that_the_machine_cannot_do_says_so_first(stage, said, made, tmp_path, monkeypatch, capsys):
+    import importlib
+
+    from stages.common.machine import Machine
+
+    shutil.copytree(made, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    small = Machine(cores=2, memory=64 << 20, disk=1 << 40, gpu=None)
+    monkeypatch.setattr(importlib.import_module(f"stages.{stage}"), "this_machine", lambda: small)
+    line = refused(stage, capsys)
+    assert said in line and "and this machine has 0.1 GiB" in line
 
 
 def test_the_table_is_long():

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from test_train import TINY, load_tiny, tokens, train_params
 
 from stages import checkpoints
-from stages.checkpoints import SEAL, StopWhenAsked, last_checkpoint, only_one, remove_abandoned, seal
+from stages.checkpoints import SEAL, StopWhenAsked, last_checkpoint, remove_abandoned, seal
 from stages.common.errors import StageError
 from stages.train import build_trainer, loss_curves, train_to_the_end, training_arguments
 
@@ -31,6 +30,8 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(tmp_path, capsys):
         "12: it is damaged, its files are not those that were written",
     ]
     assert last_checkpoint(tmp_path / "none") is None
+    # They would else count among the few that are kept.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
 def test_checkpoints_of_abandoned_runs_are_bounded(tmp_path):
@@ -43,25 +44,28 @@ def test_checkpoints_of_abandoned_runs_are_bounded(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "newer", "newest"]
 
 
-def test_two_trainings_do_not_share_a_folder(tmp_path, capfd):
-    order = []
+def test_the_older_ones_go_when_the_newest_is_sealed_and_not_before(tiny_llama, monkeypatch, tmp_path):
+    params = train_params(
+        "smollm2-cpu", monkeypatch, **{**TINY, "max_steps": 3, "save_steps": 1, "save_total_limit": 1}
+    )
+    rows, tokenizer = tokens(tiny_llama, "chatml")
+    there = []
 
-    def second() -> None:
-        with only_one(tmp_path / "runs"):
-            order.append("second")
+    def sealing(folder, *args) -> None:
+        there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        seal(folder, *args)
 
-    with only_one(tmp_path / "runs"):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(timeout=0.5)
-        order.append("first")
-    thread.join(timeout=30)
-    assert order == ["first", "second"]
-    assert "waiting for another training" in capfd.readouterr().out
+    monkeypatch.setattr(checkpoints, "seal", sealing)
+    args = training_arguments(params, tmp_path)
+    build_trainer(load_tiny(tiny_llama, params), args, rows, rows[:2], tokenizer).train()
+    assert there == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once(number):
+def test_a_second_signal_stops_at_once(number, monkeypatch):
+    monkeypatch.setattr(checkpoints, "ECHO", 0)
     stop, control = StopWhenAsked(), SimpleNamespace(should_save=False, should_training_stop=False)
     before = signal.getsignal(number)
     with stop.listening():
@@ -74,6 +78,17 @@ def test_a_second_signal_stops_at_once(number):
             os.kill(os.getpid(), number)
             signal.pause()
     assert signal.getsignal(number) == before
+
+
+def test_a_terminated_group_is_one_signal_however_many_pass_it_on():
+    stop = StopWhenAsked()
+    with stop.listening():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):  # a person at a keyboard means it
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
 
 
 def test_a_stopped_training_ends_with_the_same_bits_and_curve(tiny_llama, monkeypatch, tmp_path):

@@ -5,12 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
+import httpx
+import openai
 import pytest
 from hub import Hub, running
+from packaging.utils import canonicalize_name
 
-from stages.deploy import listing
-from stages.space import gradio_version, space_card
+from stages.common.errors import StageError
+from stages.deploy import hub_card, listing
+from stages.space import Pin, gradio_version, pinned_closure, space_card
 
 TOKEN = "hf_secret"
 CARD = {
@@ -23,7 +28,7 @@ CARD = {
 
 
 def test_the_card_says_what_the_hub_and_a_reader_need():
-    text = space_card(CARD, "6.0.0", "abc", "ada/chat")
+    text = space_card(CARD, "6.0.0", "abc", Pin("ada/chat", "5" * 40), ["onnx/tuned/card.json", "onnx/base/card.json"])
     front = text.split("---")[1]
     for line in (
         "sdk: gradio",
@@ -31,25 +36,30 @@ def test_the_card_says_what_the_hub_and_a_reader_need():
         "app_file: app.py",
         "license: mit",
         "- ada/chat",
+        f"- ada/chat onnx/tuned/card.json,onnx/base/card.json {'5' * 40}",
         "- microsoft/phi-2",
     ):
         assert line in front
     assert "12.35" in text and "`abc`" in text and "- OpenAssistant/oasst1" in front
     local = {**CARD, "base_model": {"source": "pypi:x==1/y", "revision": "sha256:0", "license": None}}
-    assert "models:" not in space_card(local, "6.0.0", "abc", None).split("---")[1]
+    alone = space_card(local, "6.0.0", "abc", None).split("---")[1]
+    assert "models:" not in alone and "preload" not in alone
     assert len(front.split("short_description: ")[1].splitlines()[0]) <= 60  # the hub's limit
 
 
 def test_requirements_are_pinned_and_without_torch():
     from conftest import ROOT
 
+    def pins(text: str) -> dict[str, str]:
+        """Package names, as the index spells them, and versions."""
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        assert all("==" in line for line in lines)
+        return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+
     text = (ROOT / "space/requirements.txt").read_text(encoding="utf-8")
-    packages = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert packages and all("==" in line for line in packages)
-    names = {line.partition("==")[0].lower() for line in packages}
-    assert not names & {"torch", "transformers", "bitsandbytes", "peft", "trl", "datasets"}
-    locked = set((ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines())
-    assert set(packages) <= locked  # the versions that the tests run with
+    packages, locked = pins(text), pins((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    assert packages and not packages.keys() & {"torch", "transformers", "bitsandbytes", "peft", "trl", "datasets"}
+    assert packages.items() <= locked.items()  # the versions that the tests run with
     imported = set()
     for path in (ROOT / "space").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -58,8 +68,21 @@ def test_requirements_are_pinned_and_without_torch():
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
     own = {path.stem for path in (ROOT / "space").glob("*.py")}
-    assert {name.replace("_", "-") for name in imported - own - sys.stdlib_module_names} <= names
+    assert {canonicalize_name(name) for name in imported - own - sys.stdlib_module_names} <= packages.keys()
     assert gradio_version(text)
+    # A Space gets all that these need, too, at the versions of the lock.
+    closure = pins(pinned_closure(text))
+    assert packages.items() < closure.items() <= locked.items()
+    assert not closure.keys() & {"torch", "transformers"}
+    with pytest.raises(StageError, match="no-such-package is not installed"):
+        pinned_closure("no-such-package==1")
+
+
+def test_the_models_card_on_the_hub_names_what_is_there():
+    card = 'chat = pipeline("text-generation", model="models/merged")\nin the project\'s `reports/metrics.json`'
+    text = hub_card(card, "ada/chat")
+    assert 'model="ada/chat"' in text and "models/merged" not in text and "in `reports/metrics.json`" in text
+    assert "spaces/ada/chat" in text
 
 
 def test_a_listing_names_every_file_with_its_size(tmp_path):
@@ -87,14 +110,30 @@ def hub(tmp_path):
         yield served
 
 
-CHAT = """
-import json, sys
-from engine import Engine, Sampling
-engine = Engine("model/tuned", threads=1)
-chunks = list(engine.stream([{"role": "user", "content": "What is 1 + 1?"}], Sampling(temperature=0, max_tokens=8)))
-loaded = [name for name in ("torch", "transformers", "stages") if name in sys.modules]
-print(json.dumps([chunks[-1].finish_reason, chunks[-1].tokens, loaded]))
-"""
+@contextmanager
+def app_of(folder, **environment):
+    """Start the app as a Space does, in its own folder with nothing else; gives its address."""
+    command = [sys.executable, "app.py", "--port", "0"]
+    alone = {"PATH": "/usr/bin:/bin", "HOME": str(folder.parent), "LANG": "C.UTF-8", **environment}
+    process = subprocess.Popen(command, cwd=folder, env=alone, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        yield next(word for word in line.split() if word.startswith("http"))
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stdout.close()
+
+
+def chats(address: str) -> str:
+    """What the app's default model answers by the official client; asserts that the page is there, too."""
+    assert 'property="og:title"' in httpx.get(address).text
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        messages = [{"role": "user", "content": "What is 1 + 1?"}]
+        options = {"model": "tuned", "messages": messages, "max_tokens": 8, "temperature": 0, "seed": 1}
+        pieces = list(client.chat.completions.create(**options, stream=True))
+        assert [model.id for model in client.models.list()] == ["tuned", "base"]
+    return "".join(piece.choices[0].delta.content or "" for piece in pieces)
 
 
 @pytest.mark.slow
@@ -114,11 +153,19 @@ def test_deploy(exported_project, hub, tmp_path):
 
     # A dry run sends nothing, and asks nothing.
     listed = deploy("ada/chat", "--dry", HF_TOKEN="").stdout
-    assert "model ada/chat:" in listed and "onnx/model.onnx" in listed and "adapter/adapter_model.safetensors" in listed
-    assert "space ada/chat:" in listed and "model/tuned/card.json" in listed and hub.requests == []
+    for name in (
+        "onnx/tuned/model.onnx",
+        "onnx/base/model.onnx",
+        "adapter/adapter_model.safetensors",
+        "reports/export.json",
+    ):
+        assert name in listed
+    assert "model ada/chat:" in listed and "space ada/chat:" in listed and "models.json" in listed
+    assert hub.requests == []
 
     # What is refused.
-    assert "SPACE=user/name" in refused("nonsense")
+    for name in ("nonsense", "", "ada/a..b", "ada/b/c"):
+        assert "SPACE=user/name" in refused(name, "--dry")
     assert "there is no token" in refused("ada/chat", HF_TOKEN="")
     assert "does not accept the token" in refused("ada/chat", HF_TOKEN="hf_wrong")
     assert "may not write to ada/chat" in refused("ada/chat", HF_TOKEN="hf_other")
@@ -135,9 +182,15 @@ def test_deploy(exported_project, hub, tmp_path):
     put = [request.rpartition("/")[2] for request in hub.requests[requests:] if request.startswith("PUT")]
     assert put and len(put) == len(set(put)) and not sent & set(put)
     model, space = hub.repositories["models", "ada/chat"][1], hub.repositories["spaces", "ada/chat"][1]
-    for name in ("model.safetensors", "README.md", "onnx/model.onnx.data", "adapter/adapter_model.safetensors"):
+    for name in ("model.safetensors", "README.md", "onnx/tuned/model.onnx.data", "adapter/adapter_model.safetensors"):
         assert (model / name).stat().st_size > 0
     assert "- ada/chat" in (space / "README.md").read_text(encoding="utf-8")
+    assert 'model="ada/chat"' in (model / "README.md").read_text(encoding="utf-8")
+    adapter = json.loads((model / "adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] is None and adapter["r"] == 16  # its base is a file, on no hub
+    pin = json.loads((space / "models.json").read_text())
+    assert pin == {"repository": "ada/chat", "revision": hub.repositories["models", "ada/chat"][0]}
+    assert not [path for path in space.rglob("*") if path.stat().st_size > 2_000_000]  # the hub bounds a Space's own
 
     # A second one sends nothing; one after a change sends just that, and takes away what is gone.
     commits, requests = hub.commits, len(hub.requests)
@@ -158,17 +211,33 @@ def test_deploy(exported_project, hub, tmp_path):
     hub.add("models", "ada/other", "9" * 40, other)
     assert "ada/other holds other things" in refused("ada/other") and (other / "thesis.md").is_file()
 
-    # The Space, as the hub gives it, runs alone.
+    # The Space, as the hub gives it, runs alone, with the models of the model repository; and what `make space` makes
+    # runs without a hub and gives the same answers.
     download = (
         "import sys; from huggingface_hub import snapshot_download; "
         f"snapshot_download('ada/chat', repo_type='space', local_dir={str(tmp_path / 'space')!r})"
     )
-    env = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    env["HF_HOME"] = str(tmp_path / "home")
+    on_hub = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+    env = {**os.environ, **on_hub, "HF_HUB_OFFLINE": "0"}
     subprocess.run([sys.executable, "-c", download], env=env, check=True, cwd=tmp_path)
-    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", CHAT], cwd=tmp_path / "space", env=alone, capture_output=True, text=True, check=True
+    with app_of(tmp_path / "space", **on_hub) as address:
+        answer = chats(address)
+    with app_of(tmp_path / "space", **on_hub, HF_HUB_OFFLINE="1", SPACE_ID="ada/chat") as address:  # preloaded
+        assert chats(address) == answer
+    project.run("stages.space")
+    with app_of(project.folder / "build/space", HF_HUB_OFFLINE="1") as address:
+        assert chats(address) == answer
+    for licence in ("LICENSE", "commit.txt", "requirements.txt"):
+        assert (project.folder / "build/space" / licence).stat().st_size > 0
+
+    # A model repository that is gone is one line.
+    del hub.repositories["models", "ada/chat"]
+    gone = subprocess.run(
+        [sys.executable, "app.py", "--port", "0"],
+        cwd=tmp_path / "space",
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **on_hub, "HF_HOME": str(tmp_path / "other")},
+        capture_output=True,
+        text=True,
     )
-    finish, tokens, loaded = json.loads(result.stdout)
-    assert finish in ("stop", "length") and tokens > 0 and loaded == []
+    assert gone.returncode == 1
+    assert len(gone.stderr.splitlines()) == 1 and "error: ada/chat at" in gone.stderr

@@ -327,11 +327,29 @@ def test_there_is_a_cpu_to_use():
     assert usable_cpus() >= 1
 
 
+def test_a_large_model_reads_in_small_steps():
+    from prompt_cache import tokens_in_step
+
+    assert [tokens_in_step(size) for size in (0, 160_000_000, 1_000_000_000, 2_290_000_000)] == [128, 128, 32, 16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "card.json"])
+def test_a_damaged_model_is_one_line(name, tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models / "tuned", tmp_path / "tuned")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 3])
+    with pytest.raises(ValueError, match="holds a damaged model") as raised:
+        Engine(folder)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.slow
 def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine, monkeypatch):
     import prompt_cache
 
-    monkeypatch.setattr(prompt_cache, "STEP", 16)
+    monkeypatch.setattr(engine._cache, "_step", 16)
+    monkeypatch.setattr(engine._cache, "_kept", [])
     cancel, steps, read = threading.Event(), [], prompt_cache.KeptGenerator.read
 
     def read_and_cancel(self, ids):

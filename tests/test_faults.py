@@ -21,6 +21,13 @@ pytestmark = pytest.mark.slow
 STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate", "export"]
 
 
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
 def stages_run(said: str) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", said)
 
@@ -30,14 +37,14 @@ def stages_run(said: str) -> list[str]:
 
 @pytest.mark.timeout(1800)
 def test_a_few_kills_change_nothing(tiny_project):
-    where, compared = run_with_kills(tiny_project, 3, 5)
+    where, compared, _ = run_with_kills(tiny_project, 3, 5)
     assert where.total() == 3 and compared >= 1 and where["dvc"] == 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_fifty_kills_change_nothing(tiny_project):
-    where, compared = run_with_kills(tiny_project, 50, 1)
+    where, compared, _ = run_with_kills(tiny_project, 50, 1)
     assert where.total() == 50 and compared >= 7 and set(where) == set(STAGES), where
 
 
@@ -71,7 +78,11 @@ def test_the_locks_of_killed_processes_that_nobody_collected_are_no_bar(tiny_pro
     assert "is busy, it is being blocked by" in refused.stderr  # as DVC alone would have it
     rwlock.write_text(json.dumps(held))
     assert stages_run(tiny_project.run("stages.repro", "--force", "fetch").stdout) == ["fetch"]
-    # A living one is respected.
+    # A dead one beside a living one is no bar, and a living one is respected.
+    alive = {"pid": os.getpid(), "cmd": "dvc repro"}
+    elsewhere = str(tiny_project.folder / "models/merged")
+    rwlock.write_text(json.dumps({"read": {elsewhere: [alive]}, "write": held["write"]}))
+    assert stages_run(tiny_project.run("stages.repro", "--force", "fetch").stdout) == ["fetch"]
     rwlock.write_text(json.dumps({"read": {}, "write": {made: {"pid": os.getpid(), "cmd": "dvc repro"}}}))
     assert tiny_project.run("stages.repro", "--force", "fetch", check=False).returncode != 0
     zombie.wait()
@@ -132,6 +143,41 @@ def test_a_terminated_make_leaves_no_stage_at_work(tiny_project):
     assert re.search(r"error: stopped by SIGTERM after step \d+ of 100000, which is saved", said), said
     assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
     assert list(tiny_project.folder.glob("models/checkpoints/*/checkpoint-*/seal.json"))
+
+
+def test_a_terminated_group_saves_its_step(tiny_project):
+    """SIGTERM to all of a `make all` at once, as `timeout`, systemd and SLURM send it; its heads pass it on, too."""
+    tiny_project.set(max_steps=100_000, save_steps=50_000, eval_steps=50_000)
+    tiny_project.make_environment()
+    process = tiny_project.start("make", "all")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("train: loading the base model"):
+            break
+    wait_for(lambda: list(tiny_project.folder.glob("models/checkpoints/*")))  # from here on it listens
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode != 0
+    saved = tiny_project.folder.glob("models/checkpoints/*/checkpoint-*/seal.json")
+    wait_for(lambda: list(saved) or list(tiny_project.folder.glob("models/checkpoints/*/checkpoint-*/seal.json")))
+    assert "Traceback" not in said.replace("KeyboardInterrupt", ""), said
+
+
+def test_a_stage_whose_dvc_was_killed_is_waited_for(tiny_project):
+    tiny_project.set(max_steps=40, save_steps=20, eval_steps=20)
+    first = tiny_project.start("dvc", "repro", "train")
+    wait_for(lambda: list(tiny_project.folder.glob("models/checkpoints/*")))
+    (stage,) = [p for p in psutil.Process(first.pid).children(recursive=True) if "stages.train" in p.cmdline()]
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert stage.is_running() and stage.status() != psutil.STATUS_ZOMBIE
+    again = tiny_project.run("stages.repro", "train").stdout
+    assert "another train is at work in this folder: waiting for it to end" in again
+    made = locked_outputs(tiny_project.folder)["models/adapter"]
+    tiny_project.run("dvc", "repro", "--force", "--single-item", "train")
+    assert locked_outputs(tiny_project.folder)["models/adapter"] == made
+    assert not list(tiny_project.folder.rglob(".*.partial"))
 
 
 def test_a_stage_that_is_stopped_clears_up_and_says_so(tiny_project):
@@ -249,10 +295,12 @@ def test_a_disk_too_full_for_dvcs_cache_loses_nothing(tiny_project, small_disk):
 
 
 def test_of_two_runs_at_once_the_second_waits(tiny_project):
-    both = [tiny_project.start("stages.repro", "fetch") for _ in range(2)]
-    said = [process.communicate(timeout=300)[0] for process in both]
+    tiny_project.make_environment()
+    both = [tiny_project.start("make", "all") for _ in range(2)]
+    said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sorted(stages_run(text) for text in said) == [[], ["fetch"]]
+    assert sorted(stages_run(text) for text in said) == [[], STAGES]
+    assert all("For CPUs: models/onnx/" in text for text in said)
     assert sum("another make is at work in this folder: waiting" in text for text in said) == 1
 
 
@@ -286,19 +334,20 @@ def test_of_two_set_ups_at_once_only_one_installs(project):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_experiments_beside_each_other_do_not_disturb_each_other(tiny_project):
+    def settings(steps: int) -> list[str]:
+        return ["-S", f"max_steps={steps}", "-S", "save_steps=1"]
+
     tiny_project.run("dvc", "repro", "tokenize")
     tiny_project.commit("tokenised")
-    alone = {}
-    for steps in (2, 3):
-        result = tiny_project.run("dvc", "exp", "run", "--temp", "--name", f"alone-{steps}", "-S", f"max_steps={steps}")
+    for steps in (1, 2, 3):
+        result = tiny_project.run("dvc", "exp", "run", "--temp", "--name", f"alone-{steps}", *settings(steps))
         assert stages_run(result.stdout)[-1] in ("evaluate", "export")
     shutil.rmtree(tiny_project.folder / ".dvc/cache/runs", ignore_errors=True)
     for steps in (2, 3):
-        tiny_project.run("dvc", "exp", "run", "--queue", "--name", f"queued-{steps}", "-S", f"max_steps={steps}")
+        tiny_project.run("dvc", "exp", "run", "--queue", "--name", f"queued-{steps}", *settings(steps))
     tiny_project.run("dvc", "queue", "start", "--jobs", "2")
-    aside = tiny_project.run(
-        "dvc", "exp", "run", "--temp", "--name", "aside", "-S", "max_steps=1", "-S", "save_steps=1", check=False
-    )
+    wait_for(lambda: tiny_project.run("dvc", "queue", "status").stdout.count("Running") == 2)  # at once, indeed
+    aside = tiny_project.run("dvc", "exp", "run", "--temp", "--name", "aside", *settings(1), check=False)
     assert aside.returncode == 0, aside.stderr[-2000:]
     end = time.monotonic() + 1800
     while time.monotonic() < end and re.search("Running|Queued", tiny_project.run("dvc", "queue", "status").stdout):
@@ -316,7 +365,7 @@ def test_experiments_beside_each_other_do_not_disturb_each_other(tiny_project):
             ["git", "show", f"{ref}:dvc.lock"], cwd=tiny_project.folder, capture_output=True, text=True, check=True
         ).stdout
 
-    alone = {steps: lock(f"alone-{steps}") for steps in (2, 3)}
-    assert alone[2] != alone[3]
-    assert {steps: lock(f"queued-{steps}") for steps in (2, 3)} == alone
+    alone = {steps: lock(f"alone-{steps}") for steps in (1, 2, 3)}
+    assert len(set(alone.values())) == 3
+    assert {1: lock("aside"), 2: lock("queued-2"), 3: lock("queued-3")} == alone
     assert not (tiny_project.folder / "models/adapter").exists()

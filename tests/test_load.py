@@ -8,6 +8,8 @@ import time
 import httpx
 import psutil
 import pytest
+from engine import Engine
+from fair_queue import FairQueue
 from serving import Paced, served
 
 from bench.chat_server import chat_server, idle, wait_until
@@ -45,17 +47,13 @@ def running(tiny_models):
 
 @pytest.fixture(scope="module")
 def engine(tiny_models):
-    from engine import Engine
-
     return Engine(tiny_models / "tuned", threads=1)
 
 
 @pytest.fixture
 def paced(engine):
     """The app with an engine that takes 20 ms for each piece; gives its address."""
-    from fair_queue import FairQueue
-
-    with served({"tuned": Paced(engine, 0.02)}, FairQueue(places=8)) as address:
+    with served({"tuned": Paced(engine, 0.02)}, FairQueue(places=8), send_buffer=4096) as address:
         yield address
 
 
@@ -125,14 +123,104 @@ def test_a_client_that_goes_away_frees_the_model_within_a_second(paced, stream):
 
 def test_a_client_that_never_reads_holds_nobody_up(paced):
     host, port = paced.removeprefix("http://").split(":")
-    content = json.dumps(body(max_tokens=300, stream=True)).encode()
+    content = json.dumps(body(max_tokens=600, stream=True)).encode()
     with socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the least that the system allows
         lazy.connect((host, int(port)))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         lazy.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         wait_until(lambda: not idle(paced))
+        # More than the buffers between the two hold (see `served`): who waited for the client would wait here.
         assert httpx.post(f"{paced}/v1/chat/completions", json=body(), timeout=60).status_code == 200
+
+
+def test_connections_that_send_nothing_take_nobodys_place(tiny_models, monkeypatch):
+    """Idle ones, and ones that send their request a byte at a time, are closed; those that are in time are served."""
+    import limits
+
+    monkeypatch.setattr(limits, "SLOWEST_REQUEST", 1)
+    engine = Engine(tiny_models / "tuned", threads=1)
+    with served({"tuned": engine}, FairQueue(), http=limits.PunctualProtocol, ws="none") as address:
+        host, port = address.removeprefix("http://").split(":")
+        idle_ones = [socket.create_connection((host, int(port))) for _ in range(20)]
+        trickling = socket.create_connection((host, int(port)))
+        with httpx.Client(base_url=address) as client:
+            began, closed = time.monotonic(), set()
+            while len(closed) < 21 and time.monotonic() - began < 20:
+                for one in [*idle_ones, trickling]:
+                    one.setblocking(False)
+                    try:
+                        if one is trickling and one not in closed:
+                            one.send(b"G")
+                        if one.recv(1) == b"":
+                            closed.add(one)
+                    except BlockingIOError:
+                        pass
+                    except ConnectionError:
+                        closed.add(one)
+                assert client.get("/health").status_code == 200  # on one connection that is kept alive
+                time.sleep(0.1)
+        assert len(closed) == 21
+        slow = client_of_two_parts(host, int(port), 0.5)
+        assert slow.startswith(b"HTTP/1.1 200")
+        for one in [*idle_ones, trickling]:
+            one.close()
+
+
+def client_of_two_parts(host: str, port: int, pause: float) -> bytes:
+    content = json.dumps(body(max_tokens=80)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, port)) as one:
+        one.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:10])
+        time.sleep(pause)
+        one.sendall(content[10:])
+        return one.recv(1000)
+
+
+def test_who_a_client_is_cannot_be_claimed():
+    """Outside of a Space nobody may say who they are: each request would be another client's."""
+    from app import server_settings
+
+    assert server_settings(in_a_space=False)["proxy_headers"] is False
+    trusted = server_settings(in_a_space=True)
+    assert trusted["proxy_headers"] is True and "10.0.0.0/8" in trusted["forwarded_allow_ips"]
+
+
+GRADIO = [
+    ("/gradio_api/queue/join", b"{"),
+    ("/gradio_api/queue/join", b"[]"),
+    ("/gradio_api/queue/join", b'{"data": "x", "fn_index": "y"}'),
+    ("/gradio_api/queue/join", b'{"data": [], "fn_index": 999, "session_hash": "a"}'),
+    ("/gradio_api/queue/join", b'{"data": [], "fn_index": -1, "session_hash": "b"}'),
+    ("/gradio_api/queue/join", b'{"data": [5, {"a": 1}, [[[]]]], "fn_index": 0, "session_hash": "c"}'),
+    (
+        "/gradio_api/queue/join",
+        b'{"data": ["x", null], "fn_index": 1, "session_hash": "d", "event_data": {"index": 7}}',
+    ),
+    ("/gradio_api/run/predict", b'{"data": [1]}'),
+    ("/gradio_api/call/nothing", b'{"data": []}'),
+    ("/gradio_api/upload", b"x"),
+    ("/gradio_api/queue/join", b" " * 5_000_000),
+]
+
+
+def test_hostile_requests_to_the_page_harm_nobody(running):
+    address, process = running
+    with httpx.Client(base_url=address, timeout=60) as client:
+        for path, content in GRADIO:
+            response = client.post(path, content=content, headers=JSON)
+            # What only its own event can tell to be wrong is taken, and ends there.
+            assert 400 <= response.status_code < 500 or response.json().keys() == {"event_id"}, (path, content[:60])
+        for session in "cd":  # what they were promised, they may listen to
+            try:
+                with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}", timeout=2) as events:
+                    next(events.iter_lines(), None)
+            except httpx.TimeoutException:
+                pass
+        assert client.post("/v1/chat/completions", json=body()).status_code == 200
+        assert 'property="og:title"' in client.get("/").text
+    assert process.poll() is None
+    wait_until(lambda: idle(address))
 
 
 HOSTILE = [
@@ -175,7 +263,6 @@ def test_hostile_requests_get_a_4xx_and_harm_nobody(running):
     wait_until(lambda: idle(address))
 
 
-@pytest.mark.long
 def test_memory_is_bounded_over_500_requests(running):
     address, process = running
 

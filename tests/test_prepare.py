@@ -326,6 +326,21 @@ def test_near_duplicates_leave_the_train_side_and_are_off_by_default():
     assert {"a", "z"} <= set(run(both)[0]["message_tree_id"])
 
 
+def test_two_data_sets_may_use_the_same_ids_for_other_messages(tmp_path):
+    rows = [message("1", role="prompter", text="Q"), message("1.a", "1", text="A")]
+    for name in "xy":
+        write_jsonl(tmp_path / name / "rows.jsonl", [{**row, "text": f"{row['text']} of {name}"} for row in rows])
+    tables = [read_messages(tmp_path / name, number) for number, name in enumerate("xy")]
+    assert list(tables[0]["message_id"]) == ["1", "1.a"]  # and so is the first one's split what it is alone
+    both = pd.concat(tables, ignore_index=True)
+    funnel = Funnel(Funnel.count(both))
+    kept = valid_rows(both, funnel)
+    assert len(kept) == 4 and funnel.dropped["duplicate_id"]["messages"] == 0
+    text = kept.set_index("message_id")["text"]
+    threads = [[text[i] for i in ids] for ids in find_threads(kept, "best")]
+    assert threads == [["Q of x", "A of x"], ["Q of y", "A of y"]]
+
+
 def test_known_data_with_other_counts_is_warned_of():
     source = {"source": "OpenAssistant/oasst1", "revision": "fdf72ae0827c1cda404aff25b6603abec9e3399b"}
     assert check_known(source, 88_838, 10_364) is None
@@ -342,17 +357,23 @@ def test_split_does_not_move_when_other_trees_come():
 
 
 def test_reads_flat_nested_gzip_and_parquet_alike(tmp_path):
+    def rated(quality: float) -> dict:
+        return {
+            "labels": {"name": ["spam", "quality"], "value": [0.0, quality], "count": [3, 2]},
+            "detoxify": {"toxicity": quality / 10, "insult": 0.5},
+        }
+
     flat = [
-        message("a", role="prompter"),
-        message("a.1", "a", rank=1),
-        message("a.1.p", "a.1", role="prompter"),
-        message("a.2", "a", rank=0),
+        message("a", role="prompter", **rated(0.9)),
+        message("a.1", "a", rank=1, deleted=True, **rated(0.25)),
+        message("a.1.p", "a.1", role="prompter", review_result=False, **rated(0.5)),
+        message("a.2", "a", rank=0, synthetic=True, **rated(0.75)),
     ]
-    for row in flat:
-        del row["labels"], row["detoxify"]
 
     def strip(row):
-        return {k: v for k, v in row.items() if k not in ("message_tree_id", "tree_state")}
+        labels = {n: {"value": v, "count": c} for n, v, c in zip(*row["labels"].values(), strict=True)}
+        rest = {k: v for k, v in row.items() if k not in ("message_tree_id", "tree_state", "labels")}
+        return {**rest, "labels": labels}
 
     nested = {
         "message_tree_id": "a",
@@ -371,6 +392,10 @@ def test_reads_flat_nested_gzip_and_parquet_alike(tmp_path):
     pd.DataFrame(flat).to_parquet(tmp_path / "parquet/x.parquet")
     expected = read_messages(tmp_path / "flat")
     assert list(expected["message_id"]) == ["a", "a.1", "a.1.p", "a.2"]
+    assert list(expected["quality"]) == [0.9, 0.25, 0.5, 0.75]
+    assert list(expected["toxicity"]) == pytest.approx([0.09, 0.025, 0.05, 0.075])
+    assert list(expected["deleted"]) == [False, True, False, False]
+    assert list(expected["rank"].isna()) == [True, False, True, False]
     for form in ("nested", "gz", "parquet"):
         pd.testing.assert_frame_equal(read_messages(tmp_path / form), expected)
 
@@ -404,7 +429,7 @@ def test_peoples_own_forms(tmp_path, row, messages, form):
         pd.DataFrame(rows).to_parquet(tmp_path / "mine.parquet")
     conversations, funnel = run(read_messages(tmp_path), system_prompt="default")
     assert len(conversations) == 12
-    seventh = conversations[conversations["message_tree_id"] == "1/mine-7"].iloc[0]
+    seventh = conversations[conversations["message_tree_id"] == "mine-7"].iloc[0]
     expected = [(r, c.replace("hi", "hi 7").replace("add", "add 7")) for r, c in messages]
     assert [(m["role"], m["content"]) for m in seventh["messages"]] == expected
     check_funnel(funnel)

@@ -197,7 +197,8 @@ def test_the_repacking_that_loses_gradients_is_off(tiny_llama, llama_params):
 def test_a_tuned_tiny_model_learns_to_stop(tiny_llama, llama_params, tmp_path):
     from stages.evaluate import answer, question_of
 
-    llama_params.max_steps, llama_params.eval_steps, llama_params.learning_rate = 30, 30, 0.03
+    # Long enough to know it by heart: what it does is then no matter of the last digits.
+    llama_params.max_steps, llama_params.eval_steps, llama_params.learning_rate = 200, 200, 0.003
     llama_params.per_device_train_batch_size, llama_params.gradient_accumulation_steps = 12, 1
     rows, tokenizer = tokens(tiny_llama, "chatml")
     trainer = build_trainer(
@@ -209,6 +210,7 @@ def test_a_tuned_tiny_model_learns_to_stop(tiny_llama, llama_params, tmp_path):
     after = answer(trainer.model.eval(), prompts, tokenizer, 24, 12)
     assert sum(stopped for _, stopped in before) < len(prompts) / 2
     assert sum(stopped for _, stopped in after) == len(prompts)
+    assert sum(text == f"It is {i + 1}." for i, (text, _) in enumerate(after)) > len(prompts) / 2
 
 
 def test_collator_pads_and_masks(tiny_llama, llama_params, tmp_path):
@@ -219,12 +221,29 @@ def test_collator_pads_and_masks(tiny_llama, llama_params, tmp_path):
         load_tiny(tiny_llama, llama_params), training_arguments(llama_params, tmp_path), rows, rows, tokenizer
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    # Padded to the longer of the two, not to max_length.
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, max(map(len, rows["input_ids"][:2])))
     for i in range(2):
         ids, mask = rows["input_ids"][i], rows["assistant_masks"][i]
         assert batch["input_ids"][i][: len(ids)].tolist() == ids
         assert (batch["input_ids"][i][len(ids) :] == tokenizer.pad_token_id).all()
         assert [x for x in batch["labels"][i].tolist() if x != -100] == [t for t, m in zip(ids, mask, strict=True) if m]
         assert batch["labels"][i].tolist()[len(ids) - 1] == tokenizer.eos_token_id  # the end token is learnt
+
+
+def test_batches_are_of_like_lengths(tiny_llama, llama_params, tmp_path):
+    rows, tokenizer = tokens(tiny_llama, "chatml", 80)
+    lengths = [20 + i % 40 for i in range(80)]
+    ids = [[5] * length for length in lengths]
+    rows = rows.assign(input_ids=ids, assistant_masks=[[1] * n for n in lengths], length=lengths)
+
+    def padding(strategy: str) -> int:
+        params = SimpleNamespace(**{**vars(llama_params), "train_sampling_strategy": strategy})
+        args = training_arguments(params, tmp_path / strategy)
+        trainer = build_trainer(load_tiny(tiny_llama, params), args, rows, rows[:2], tokenizer)
+        return sum(int((batch["labels"] == -100).sum()) for batch in trainer.get_train_dataloader())
+
+    assert padding("group_by_length") < padding("random") / 3
 
 
 def test_score_is_the_loss_of_each_conversation_alone(tiny_llama):

@@ -12,7 +12,8 @@ from stages.common import models
 from stages.common.errors import StageError
 from stages.train import build_trainer, training_arguments
 
-CODE = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "stages").rglob("*.py"))}
+FILES = sorted([*(ROOT / "stages").rglob("*.py"), *(ROOT / "space").glob("*.py")])
+CODE = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
 def calls():
@@ -22,6 +23,12 @@ def calls():
 def test_no_code_of_a_repository_and_only_safetensors():
     asked = set()
     for path, call in calls():
+        given = {keyword.arg for keyword in call.keywords}
+        if ast.unparse(call.func) == "AutoModelForCausalLM.from_pretrained":
+            assert "use_safetensors" in given or "gguf_file" in given, path
+        if ast.unparse(call.func).endswith(".from_pretrained") and "gguf_file" not in given:
+            # PEFT's knows no code of a repository; it is handed a model.
+            assert "trust_remote_code" in given or "PeftModel" in ast.unparse(call.func), path
         for keyword in call.keywords:
             if keyword.arg == "trust_remote_code":
                 assert isinstance(keyword.value, ast.Constant) and keyword.value.value is False, path
@@ -58,7 +65,7 @@ class Bomb:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_with_code_in_it_is_not_run(name, tiny_llama, monkeypatch, tmp_path, capsys):
     """Even with a seal that fits: whoever can write a checkpoint can write that, too."""
     from stages.checkpoints import SEAL, last_checkpoint, seal
@@ -78,6 +85,6 @@ def test_a_checkpoint_with_code_in_it_is_not_run(name, tiny_llama, monkeypatch, 
     torch.save(Bomb(), checkpoint / name)
     sealed = json.loads((checkpoint / SEAL).read_text())
     seal(checkpoint, sealed["loss_sum"], sealed["last_logged"])
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(StageError, match="holds what is no training state, and was not loaded. Delete it"):
         resume(trainer(), checkpoint)
     assert "a pickle was run" not in capsys.readouterr().out

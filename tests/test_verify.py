@@ -2,16 +2,17 @@
 
 import json
 import shutil
+import subprocess
 
 import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
 from stages.common.errors import StageError
-from stages.verify import first_difference, verdict
+from stages.verify import first_difference, read_lock, recorded_run, verdict
 
 
-def made(folder, *, data="d", weights="w", loss=2.0, steps=(1, 2), seed=42):
+def made(folder, *, data="d", weights="w", loss=2.0, steps=(1, 2), seed=42, tuned=None):
     """A folder as a finished run leaves it: dvc.lock, one data file, one model, a curve and the figures."""
     from hashlib import md5
 
@@ -26,7 +27,7 @@ def made(folder, *, data="d", weights="w", loss=2.0, steps=(1, 2), seed=42):
     for split in ("train", "validation"):
         curve = pd.DataFrame({"step": steps, "loss": [loss + 1, loss]})
         curve.to_csv(folder / f"reports/loss/{split}.csv", index=False)
-    figures = {"base": {"loss": 3.0}, "tuned": {"loss": loss}}
+    figures = {"base": {"loss": 3.0}, "tuned": {"loss": loss if tuned is None else tuned}}
     (folder / "reports/metrics.json").write_text(json.dumps(figures))
 
     def digest(text: str) -> str:
@@ -62,6 +63,10 @@ def test_another_machine_is_told_from_another_run(tmp_path):
         StageError, match="differs by 0.0020 nats a token .* first output that differs is models/adapter"
     ):
         verdict(one, made(tmp_path / "far", weights="other", loss=2.002))
+    with pytest.raises(StageError, match="differs by 0.0020 nats"):  # the curves are the same
+        verdict(one, made(tmp_path / "figures", weights="other", tuned=2.002))
+    with pytest.raises(StageError, match="differs by 0.0020 nats"):  # the final figures are the same
+        verdict(one, made(tmp_path / "curve", weights="other", loss=2.002, tuned=2.0))
     with pytest.raises(StageError, match="differs by inf"):
         verdict(one, made(tmp_path / "steps", weights="other", steps=(1, 3)))
     with pytest.raises(StageError, match="data/raw differs .* before training nothing depends on the machine"):
@@ -73,6 +78,22 @@ def test_another_machine_is_told_from_another_run(tmp_path):
     assert "with other parameters" in verdict(one, made(tmp_path / "params", weights="other", loss=9, seed=7))
     (tmp_path / "one/dvc.lock").unlink()
     assert "no recorded run" in verdict(one, made(tmp_path / "again"))
+
+
+def test_what_counts_is_what_git_has_recorded(tmp_path):
+    """Not what was run since: on another machine that would be its own word."""
+    project = made(tmp_path / "project")
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "recorded"]):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *command], cwd=project, check=True)
+    shutil.rmtree(project / "reports")
+    made(project, weights="other", loss=9)
+    recorded = recorded_run(project, tmp_path / "recorded")
+    assert "has the same bits" in verdict(recorded, made(tmp_path / "found"))
+    with pytest.raises(StageError, match="more than 0.001"):
+        verdict(recorded, project)
+    (project / "dvc.lock").write_text("stages: [")
+    with pytest.raises(StageError, match="dvc.lock is damaged"):
+        read_lock(project)
 
 
 @pytest.mark.slow

@@ -17,22 +17,27 @@ from stages.common.errors import DISK_FULL, StageError, first_line, is_disk_full
 def write_whole(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; move what was made there into place only if the block succeeds.
 
-    The block creates the path itself, as a file or as a folder. The temporary name is fixed, so whatever a killed
+    The block creates the path itself, as a file or as a folder. The temporary names are fixed, so whatever a killed
     run left behind is removed by the next one.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}.{what}partial") for what in ("", "old."))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
         yield partial
-        _remove(target)
-        partial.rename(target)
+        if target.is_dir():  # which no other folder can replace
+            _remove(old)
+            target.rename(old)
+        partial.replace(target)
     except Exception as error:
         if is_disk_full(error) and not isinstance(error, StageError):
             raise StageError(f"{target}: {DISK_FULL}") from error
         raise
     finally:
+        if old.exists() and not target.exists():  # stopped between the two
+            old.rename(target)
         _remove(partial)
+        _remove(old)
 
 
 def _remove(path: Path) -> None:
@@ -72,7 +77,7 @@ def read_parquet(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except FileNotFoundError:
         raise StageError(f"{path} is missing. Run `dvc repro` to make it.") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # pyarrow has its own
         raise StageError(f"{path} cannot be read ({first_line(error)}). Delete it and run `dvc repro`.") from None
     _refuse_gaps(path, [column for column in columns if column not in table])
     if columns and table.empty:

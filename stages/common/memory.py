@@ -13,17 +13,17 @@ from stages.common.errors import StageError, first_line
 from stages.common.models import empty_model, linear_layers
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 GIB = 1024**3
 
 # Measured on a CPU with `python -m bench.plan` and `python -m bench.phi2_full_size`; see README.md.
 # Python with torch, transformers, trl and datasets, before any weight is loaded.
-LIBRARIES = int(0.65 * GIB)
+LIBRARIES = int(0.85 * GIB)
 # Pages that the allocator holds for each byte of tensors that live at the peak of a step.
-FRAGMENTATION = 1.34
-# What export holds for each byte of the model in float32: the builder's copies (20.4 GB for phi-2, one hand trial).
-EXPORTING = 1.8
+FRAGMENTATION = 1.45
+# What the builder holds for each byte of the model in float32: its copies, and the mapped weight files.
+EXPORTING = 1.9
 # A CUDA context and its libraries on the card (an assumption: no GPU figure here is measured).
 CUDA_CONTEXT = int(0.6 * GIB)
 
@@ -120,6 +120,21 @@ def _extended(config: "PretrainedConfig", peak: Any) -> int:
     return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
 
 
+def use_training_head(model: "PreTrainedModel") -> None:
+    """Give a model the output layer with which SFTTrainer trains it: it never holds all logits at once."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def training_loss(model: Any, ids: Any) -> Any:
+    """The loss of a batch (conversations, tokens), all supervised, as SFTTrainer computes it.
+
+    `model` has the training head, with or without an adapter over it.
+    """
+    return model(input_ids=ids, attention_mask=ids.new_ones(ids.shape), labels=ids, fused_lm_head=True).loss
+
+
 def step_bytes(
     config: "PretrainedConfig",
     *,
@@ -131,15 +146,19 @@ def step_bytes(
     gradient_checkpointing: bool,
     mixed_precision: bool,
     attn_implementation: str = "sdpa",
+    on_gpu: bool = False,
 ) -> int:
-    """What a forward and a backward pass of SFTTrainer hold at most beyond weights: activations, logits, gradients.
+    """What a forward and a backward pass of SFTTrainer hold at most beyond weights: activations and gradients.
 
-    Of `batch_size` conversations padded to `tokens`; `mixed_precision` computes in a 16-bit format.
+    Of `batch_size` conversations padded to `tokens`; `mixed_precision` computes in a 16-bit format. `on_gpu`: with the
+    output layer's fused kernels, which work in place.
     """
+    from contextlib import ExitStack
+    from unittest.mock import patch
+
     import torch
     from peft import LoraConfig, get_peft_model
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from trl.trainer.utils import entropy_from_logits
 
     # FlashAttention holds what sdpa's fused kernels hold, and runs nowhere but on a GPU.
     attention = "eager" if attn_implementation == "eager" else "sdpa"
@@ -149,6 +168,7 @@ def step_bytes(
         if mixed_precision:  # as 4-bit weights are dequantised; else autocast would be seen to copy them
             for module in linear_layers(model).values():
                 module.to(torch.bfloat16)
+        use_training_head(model)
         lora = LoraConfig(r=lora_r, lora_dropout=lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -160,13 +180,13 @@ def step_bytes(
             ids = torch.zeros(batch_size, tokens, dtype=torch.long)
             live = LiveBytes()
             live.ignore([*model.parameters(), *model.buffers()])
-            with live.mode:
+            with live.mode, ExitStack() as kernels:
+                if on_gpu:
+                    for name in ("_forward_tile", "_backward_tile"):
+                        kernels.enter_context(patch(f"trl.kernels.chunked_logprob.{name}", lambda *_, **__: None))
                 with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
-                    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
-                with torch.no_grad():  # SFTTrainer logs both
-                    entropy_from_logits(output.logits[..., :-1, :].contiguous())
-                    output.logits[..., :-1, :].contiguous().argmax(dim=-1)
-                output.loss.backward()
+                    loss = training_loss(model, ids)
+                loss.backward()
         return live.peak
 
     return _extended(config, peak)
@@ -191,6 +211,12 @@ def scoring_bytes(config: "PretrainedConfig", batch_size: int, tokens: int) -> i
         return live.peak
 
     return _extended(config, peak)
+
+
+def check_room(what: str, needed: int, there: int, where: str, mend: str) -> None:
+    """Raise StageError when `what` needs more bytes than there are; `mend` says what to do then."""
+    if needed > there:
+        raise StageError(f"{what} {needed / GIB:.1f} GiB, and {where} has {there / GIB:.1f} GiB. {mend}")
 
 
 def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool, double_quant: bool) -> int:

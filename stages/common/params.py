@@ -188,7 +188,7 @@ def contradictions(values: dict[str, Any]) -> list[str]:
         problems.append("merge_base: 'dequantized': needs load_in_4bit: true; use original")
     for key in ("target_modules", "languages", "tree_states", "sample_prompts", "export_int8_layers"):
         if have(key) and len(set(values[key])) < len(values[key]):
-            problems.append(f"{key}: {values[key]!r}: names something twice")
+            problems.append(f"{key}: {values[key]!r}: names something twice; it must have each once")
     return problems
 
 
@@ -203,7 +203,9 @@ def read_params(path: Path = PARAMS) -> Params:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise StageError(f"{path}{where} is not valid YAML: {problem}") from None
+        raise StageError(
+            f"{path}{where} is not valid YAML: {problem}. Mend it; see recipes/ for whole files."
+        ) from None
     if not isinstance(content, dict):
         raise StageError(f"{path} must hold `key: value` lines; see recipes/ for whole files.")
     problems, failed = [], set()

