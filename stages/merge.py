@@ -167,9 +167,11 @@ def model_card(
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     hub_base = f"base_model: {base['source']}\n" if ":" not in base["source"] else ""
+    on_hub = dict.fromkeys("/".join(d["source"].split("/")[:2]) for d in datasets if ":" not in d["source"])
+    hub_data = "datasets:\n" + "".join(f"- {name}\n" for name in on_hub) if on_hub else ""
     return f"""---
 license: {licence}
-{hub_base}library_name: transformers
+{hub_base}{hub_data}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - trl

@@ -165,7 +165,7 @@ def test_a_terminated_group_saves_its_step(tiny_project):
 
 
 def test_a_stage_whose_dvc_was_killed_is_waited_for(tiny_project):
-    tiny_project.set(max_steps=40, save_steps=20, eval_steps=20)
+    tiny_project.set(max_steps=600, save_steps=300, eval_steps=300)
     first = tiny_project.start("dvc", "repro", "train")
     wait_for(lambda: list(tiny_project.folder.glob("models/checkpoints/*")))
     (stage,) = [p for p in psutil.Process(first.pid).children(recursive=True) if "stages.train" in p.cmdline()]
