@@ -1,12 +1,15 @@
 """Put the chat app under load: many clients at once, clients that leave, hostile requests, memory over 500 requests.
 
-It starts the app on loopback with the exported models and prints what it measured. Run: `python -m bench.load`
+It starts the app on loopback with the exported models and prints what it measured. Fails when a client gets neither an
+answer nor "busy", a hostile request no 4xx, when a client that left holds the model for more than a second, or when
+memory grows on and on. Run: `python -m bench.load`
 """
 
 import argparse
 import asyncio
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from bench.chat_server import chat_server, idle, wait_until
 MODELS = Path("models/onnx")
 PROMPT = "Explain in two sentences why the sky is blue."
 URL = "/v1/chat/completions"
+MOST_HELD = 1.0  # seconds, after a client has gone
+MOST_GROWN = 40  # MiB, over 500 requests
 HOSTILE = {
     "no JSON": b"{",
     "nested 200,000 deep": b"[" * 200_000,
@@ -105,6 +110,7 @@ def main() -> None:
         def memory() -> float:
             return psutil.Process(process.pid).memory_info().rss / 2**20
 
+        wrong = []
         asyncio.run(at_once(address, 1, 8))  # warm
         print(
             "| clients at once | answered | told busy | tokens/s in all | first word, s (median, last) | all done, s |"
@@ -114,6 +120,8 @@ def main() -> None:
             answers, seconds = asyncio.run(at_once(address, clients, chosen.tokens))
             good = [answer for answer in answers if answer.status == 200]
             busy = sum(answer.status == 429 for answer in answers)
+            if len(good) + busy < clients:
+                wrong.append(f"{clients - len(good) - busy} of {clients} clients got neither an answer nor 'busy'")
             first = [answer.first for answer in good]
             speed = sum(answer.tokens for answer in good) / seconds
             waits = f"{statistics.median(first):.1f}, {max(first):.1f}"
@@ -123,15 +131,22 @@ def main() -> None:
             asyncio.run(leave(address, streams=n % 2 == 0))
             freed.append(wait_until(lambda: idle(address)))
         print(f"\n20 clients that hung up: the model was free after {max(freed):.2f} s at most")
-        print(
-            "Hostile requests: "
-            + ", ".join(f"{name}: {status}" for name, status in asyncio.run(attack(address)).items())
-        )
-        print("Memory, MiB: " + f"{memory():.0f} so far", end="", flush=True)
+        if max(freed) > MOST_HELD:
+            wrong.append(f"a client that had hung up held the model for {max(freed):.2f} s")
+        statuses = asyncio.run(attack(address))
+        print("Hostile requests: " + ", ".join(f"{name}: {status}" for name, status in statuses.items()))
+        wrong += [f"{name}: status {status}" for name, status in statuses.items() if not 400 <= status < 500]
+        held = [memory()]
+        print(f"Memory, MiB: {held[0]:.0f} so far", end="", flush=True)
         for _ in range(2):  # by the end of the first, the engine's prompt cache is full
             asyncio.run(one_after_the_other(address, 500))
-            print(f", {memory():.0f} after 500 requests more", end="", flush=True)
+            held.append(memory())
+            print(f", {held[-1]:.0f} after 500 requests more", end="", flush=True)
         print()
+        if held[2] - held[1] > MOST_GROWN:
+            wrong.append(f"500 requests took {held[2] - held[1]:.0f} MiB more")
+    if wrong:
+        sys.exit("\n".join(f"error: {line}" for line in wrong))
 
 
 if __name__ == "__main__":

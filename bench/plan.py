@@ -34,11 +34,11 @@ def main() -> None:
         with (project / "params.yaml").open("w", encoding="utf-8") as file:
             YAML().dump(params.model_dump(), file)
         for stage in ("train", "merge", "evaluate", "export"):
-            rows.append((stage, planned[stage].cpu / GIB, measured(project, f"stages.{stage}")[0]))
+            rows.append((stage, planned[stage].cpu, measured(project, f"stages.{stage}")))
     print("\n| stage | planned, GiB | measured, GiB | planned / measured |\n| --- | --- | --- | --- |")
     for stage, ours, theirs in rows:
-        print(f"| {stage} | {ours:.2f} | {theirs:.2f} | {ours / theirs:.2f} |")
-    check([(stage, planned[stage].cpu, peak, 0.0) for stage, _, peak in rows if stage == "train"])
+        print(f"| {stage} | {ours / GIB:.2f} | {theirs.peak:.2f} | {ours / GIB / theirs.peak:.2f} |")
+    check([row for row in rows if row[0] == "train"])
 
 
 if __name__ == "__main__":

@@ -93,10 +93,22 @@ def test_every_stage_is_in_the_readme_and_opens_with_how_to_run_it():
 @ships
 def test_the_figures_in_the_readme_are_those_in_git():
     from stages.common.artifacts import read_json
-    from stages.summary import table
+    from stages.summary import exported, table
 
-    for line in table(read_json(ROOT / "reports/metrics.json")):
+    for line in [*table(read_json(ROOT / "reports/metrics.json")), exported(read_json(ROOT / "reports/export.json"))]:
         assert line in README, f"README.md does not show: {line}"
+
+
+def test_every_benchmark_and_test_that_is_named_is_there_and_all_benchmarks_are_named():
+    named = set(re.findall(r"`python -m (bench|tests)\.(\w+)", README))
+    for package, module in named:
+        assert (ROOT / package / f"{module}.py").is_file(), module
+    commands = {path.stem for path in (ROOT / "bench").glob("*.py") if "Run: `python -m" in path.read_text("utf-8")}
+    assert commands == {module for package, module in named if package == "bench"}
+    for expression in re.findall(r"`pytest [^`]*-k ['\"]?([\w ]+?)['\"]?(?: tests/\w+\.py)?`", README):
+        tests = " ".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+        for word in expression.split(" or "):
+            assert re.search(rf"def test_\w*{word}", tests), word
 
 
 def test_nothing_names_a_machine_or_a_package_host():

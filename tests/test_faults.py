@@ -272,6 +272,30 @@ def test_a_full_disk_is_one_line_and_loses_nothing(stages, tiny_project, small_d
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_what_a_full_disk_stopped_under_dvc_is_restored(tiny_project, small_disk):
+    """DVC takes a stage's outputs away before it runs it; they come back, from its cache."""
+    tiny_project.run("dvc", "repro")
+    folder = small_disk.path / "project"
+    shutil.copytree(tiny_project.folder, folder, ignore=shutil.ignore_patterns(".home", "__pycache__"))
+    before, lock = everything(folder), (folder / "dvc.lock").read_bytes()
+    for stage in STAGES:
+        for name in OUTPUTS[stage]:  # as DVC is about to, which would make room just for the same again
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        small_disk.fill(8 << 10)
+        failed = small_disk.run(tiny_project, "dvc", "repro", "--force", "--single-item", stage)
+        small_disk.empty()
+        said = failed.stdout + failed.stderr
+        assert failed.returncode != 0 and re.search("No space left|the disk is full", said), (stage, said[-3000:])
+        assert "Traceback" not in said, (stage, said[-3000:])
+        assert (folder / "dvc.lock").read_bytes() == lock, stage
+        restored = small_disk.run(tiny_project, "stages.repro", stage)
+        assert restored.returncode == 0, (stage, restored.stderr[-3000:])
+        assert everything(folder) == before, stage
+
+
+@pytest.mark.long
 def test_a_disk_too_full_for_dvcs_cache_loses_nothing(tiny_project, small_disk):
     """The stage has room for its outputs, DVC none for its copies of them."""
     folder = small_disk.path / "project"

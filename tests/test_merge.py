@@ -83,6 +83,7 @@ def test_model_card_says_what_the_artifacts_say():
     card = model_card(training, base, data, SimpleNamespace(merge_base="original", merge_dtype="float16"))
     front = card.split("---")[1]
     assert "license: mit" in front and "base_model: microsoft/phi-2" in front
+    assert "datasets:\n- OpenAssistant/oasst1\nlibrary_name" in front
     for fact in ("`OpenAssistant/oasst1` at `fdf7`, licence apache-2.0", "161 conversations", "3.3000 before, 3.1000"):
         assert fact in card
     assert "`file:data/local/mine.jsonl` at the version in this repository, licence not stated" in card
