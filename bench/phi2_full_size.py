@@ -161,6 +161,8 @@ def serve(models: Path) -> str:
         body |= {"max_tokens": ANSWER_TOKENS, "stream_options": {"include_usage": True}}
         began, times, read = time.monotonic(), [], 0
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=600) as response:
+            if response.status_code != 200:
+                return f"not served: status {response.status_code}"
             for line in response.iter_lines():
                 if '"content"' in line:
                     times.append(time.monotonic())
@@ -218,6 +220,7 @@ def main() -> None:
             planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS)
             rows.append((f"merge, {base}", planned["merge"].cpu, measured(project, "stages.merge")))
         rows.append(("export, int4", planned["export"].cpu, measured(project, "stages.export")))
+        print("\nbench: serving", flush=True)
         served = serve(project / "models/onnx")
     print("\n| stage | planned, GiB | peak memory, GiB | without mapped files, GiB | time, s |")
     print("| --- | --- | --- | --- | --- |")

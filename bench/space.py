@@ -42,7 +42,7 @@ def converse(address: str) -> int:
     """Fill each model's context with a long conversation; returns the tokens read."""
     total = 0
     for model in httpx.get(f"{address}/v1/models", timeout=60).json()["data"]:
-        words = " ".join(f"{i} apples" for i in range(model["context_length"] // 4))
+        words = " ".join(f"{i} apples" for i in range(model["context_length"] // 7))
         for question in ("How many?", "And then?"):
             messages = [{"role": "user", "content": f"{words} {question}"}]
             asked = {"model": model["id"], "messages": messages, "max_tokens": 32}

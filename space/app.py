@@ -133,7 +133,7 @@ def main() -> None:
     try:
         engines = load(chosen.models or find_models())
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}. Run `make all` to export it.")
+        sys.exit(f"error: {error}." + (" Run `make all` to export it." if chosen.models else ""))
     import uvicorn
     from fair_queue import FairQueue
 

@@ -83,7 +83,8 @@ class Engine:
             ends = settings["eos_token_id"]
             self._ends = set(ends if isinstance(ends, list) else [ends])
             config = og.Config(str(folder))
-            session = {"intra_op_num_threads": threads or usable_cpus()}
+            # Without an arena: it would hold on to what conversations of all lengths have needed.
+            session = {"intra_op_num_threads": threads or usable_cpus(), "enable_cpu_mem_arena": False}
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             model = og.Model(config)
         except Exception as error:  # the libraries have bare ones

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-# Tokens read in one step at most: it keeps the logits of a step small.
-LONGEST_STEP = 128
+# Tokens read in one step at most: each generator goes on holding the logits of its longest step.
+LONGEST_STEP = 32
 SHORTEST_STEP = 16
 # A step reads few enough tokens to be stopped within a second: two cores read some 60 of a model of 1 GB.
 TOKENS_TIMES_BYTES = 32e9

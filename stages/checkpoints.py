@@ -81,10 +81,14 @@ class StopWhenAsked(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous: dict[int, Any] = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
+            if self.asked == "SIGTERM":  # its echo is still to come
+                previous[signal.SIGTERM] = signal.SIG_IGN
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

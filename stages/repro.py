@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -50,19 +51,23 @@ def release_the_dead() -> None:
 
     DVC takes them for living ones; in a container whose first process does not collect them they stay for good.
     """
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_LOCK
+
     if not RWLOCK.is_file():
         return
-    table = json.loads(RWLOCK.read_text(encoding="utf-8"))
-    alive: dict[str, Any] = {
-        "write": {path: holder for path, holder in table.get("write", {}).items() if not is_dead(holder["pid"])},
-        "read": {
-            path: living
-            for path, holders in table.get("read", {}).items()
-            if (living := [holder for holder in holders if not is_dead(holder["pid"])])
-        },
-    }
-    if alive != table:
-        write_json(RWLOCK, alive)
+    with make_lock(str(RWLOCK.with_name(RWLOCK_LOCK)), tmp_dir=str(RWLOCK.parent)):  # as DVC edits it
+        table = json.loads(RWLOCK.read_text(encoding="utf-8"))
+        alive: dict[str, Any] = {
+            "write": {path: holder for path, holder in table.get("write", {}).items() if not is_dead(holder["pid"])},
+            "read": {
+                path: living
+                for path, holders in table.get("read", {}).items()
+                if (living := [holder for holder in holders if not is_dead(holder["pid"])])
+            },
+        }
+        if alive != table:
+            write_json(RWLOCK, alive)
 
 
 def is_dead(pid: int) -> bool:
@@ -99,8 +104,10 @@ def main() -> None:
     hold()
     mend()
     ending: set[psutil.Process] = set()  # also those whom DVC, having ended, no longer leads to
+    asked = threading.Event()
 
     def terminate(*_: object) -> None:
+        asked.set()
         ending.update(psutil.Process().children(recursive=True))
         for member in ending:
             with suppress(psutil.NoSuchProcess):
@@ -109,8 +116,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, terminate)
     dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *sys.argv[1:]], close_fds=False)  # it holds on, too
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to all of them
+    if asked.is_set():  # before there was anyone to tell
+        terminate()
     code = dvc.wait()
-    psutil.wait_procs(ending)  # a training saves its step first
+    while not all(is_dead(member.pid) for member in ending):  # a training saves its step first
+        time.sleep(0.1)
     sys.exit(code if code >= 0 else 128 - code)
 
 

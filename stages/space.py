@@ -26,6 +26,7 @@ ONNX = Path("models/onnx")
 BASE = Path("models/base")
 LICENCE = Path("LICENSE")
 SPACE = Path("build/space")
+PUBLISHED = Path("build/published-space")
 PYTHON = "3.11"
 INSIDE = "onnx"  # where the model repository has the exported models; see space/find_models.py
 
@@ -55,17 +56,19 @@ def gradio_version(requirements: str) -> str:
 
 
 def pinned_closure(requirements: str) -> str:
-    """The lines `package==version` of these requirements and of all that they need, as installed here.
+    """The lines `package==version` of these requirements and of all that they need in a Space, whatever runs here.
 
-    The installed versions are those of requirements.lock. Raises StageError for a package that is not installed.
+    The versions are the installed ones, those of requirements.lock. Raises StageError for a package that is not there.
     """
+    there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "sys_platform": "linux"}
+    there |= {"platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"}
     direct = [line for line in requirements.splitlines() if line and not line.startswith("#")]
     waiting = [(Requirement(line), "") for line in direct]
     pins: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     while waiting:
         needed, extra = waiting.pop()
-        if needed.marker and not needed.marker.evaluate({"extra": extra}):
+        if needed.marker and not needed.marker.evaluate({**there, "extra": extra}):
             continue
         name = canonicalize_name(needed.name)
         try:
@@ -130,7 +133,9 @@ Everything else about the models is in {where}, in `tuned/card.json` and `base/c
 
 
 def build_space(pin: Pin | None = None) -> Path:
-    """Make build/space/ anew and return it: with the exported models, or with a pin to the repository that has them."""
+    """Make build/space/, with the exported models, or build/published-space/, with a pin to the repository that has
+    them, anew; returns it."""
+    target = SPACE if pin is None else PUBLISHED
     if not (ONNX / "tuned/card.json").is_file():
         raise StageError(f"{ONNX}/tuned holds no exported model. Run `make all` to make it.")
     if not (APP / "app.py").is_file():
@@ -138,7 +143,7 @@ def build_space(pin: Pin | None = None) -> Path:
     requirements = (APP / "requirements.txt").read_text(encoding="utf-8")
     card, commit = read_json(ONNX / "tuned/card.json"), project_commit()
     files = sorted(f"{INSIDE}/{path.relative_to(ONNX).as_posix()}" for path in ONNX.rglob("*") if path.is_file())
-    with write_whole(SPACE) as folder:
+    with write_whole(target) as folder:
         shutil.copytree(APP, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         shutil.copyfile(LICENCE, folder / "LICENSE")
         if pin is None:
@@ -150,7 +155,7 @@ def build_space(pin: Pin | None = None) -> Path:
         write_text(folder / "requirements.txt", pinned_closure(requirements))
         write_text(folder / "commit.txt", f"{commit}\n")
         write_text(folder / "README.md", space_card(card, gradio_version(requirements), commit, pin, files))
-    return SPACE
+    return target
 
 
 def main() -> None:

@@ -189,7 +189,6 @@ def build_trainer(
             try:
                 super()._save_checkpoint(*args, **kwargs)
                 seal(folder, self._tr_loss.item(), self._globalstep_last_logged)
-                remove_older(folder.parent, keep)
             except BaseException as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 if is_disk_full(error):
@@ -197,6 +196,7 @@ def build_trainer(
                 raise
             finally:
                 self.args.save_total_limit = keep
+            remove_older(folder.parent, keep)
 
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             # Evaluating must not change the training after it: whatever it draws, the random state is put back.

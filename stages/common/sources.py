@@ -11,6 +11,7 @@ A new kind of source is one more subclass of `Source`, listed in `SCHEMES`.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -108,8 +109,8 @@ class HubSource(Source):
 
     def _try_again(self, kind: Kind, destination: Path) -> None:
         """Download, and again where the hub is busy or the connection breaks: its libraries do so for some requests."""
-        began, wait = time.monotonic(), 1.0
-        while True:
+        began, waits = time.monotonic(), iter((1.0, 2.0, 4.0, 8.0))
+        for attempt in itertools.count(1):
             try:
                 if self.file:
                     self._fetch_file(kind, destination)
@@ -119,17 +120,21 @@ class HubSource(Source):
                     self._fetch_dataset(destination)
                 return
             except Exception as error:
-                if not may_pass(error) or time.monotonic() - began + wait > PATIENCE:
+                # After a long download at least once.
+                impatient = attempt > 1 and time.monotonic() - began > PATIENCE
+                if not may_pass(error) or impatient or (wait := next(waits, None)) is None:
                     raise
                 print(f"fetch: {self.text}: {first_line(error)}; trying again", flush=True)
                 time.sleep(wait)
-                wait *= 2
                 shutil.rmtree(destination, ignore_errors=True)
 
     def config(self) -> dict[str, Any]:
         """The config.json of a model repository, downloaded alone. Raises StageError, as `fetch` does."""
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+        cached = try_to_load_from_cache(self.repository, "config.json", revision=self.revision)
+        if isinstance(cached, str):
+            return read_json(Path(cached))
         # Not into the hub's cache: a repository of which it has a part passes there for a whole one when offline.
         with self._explained("model"), tempfile.TemporaryDirectory() as folder:
             return read_json(
