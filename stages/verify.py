@@ -103,7 +103,7 @@ def verdict(recorded: Path, found: Path) -> str:
     if "train" not in ours:
         return "There is no recorded run to compare with (dvc.lock in git)."
     if not same_question(ours, theirs):
-        return "The recorded run was made with other parameters, code or data: `dvc repro`, then commit dvc.lock and reports/."
+        return "The recorded run was made with other parameters, code or data: `dvc repro`, and commit what it records."
     different = [path for path, md5 in outputs(ours).items() if outputs(theirs).get(path) != md5]
     if not different:
         return "The run in dvc.lock has the same bits, too."
