@@ -47,7 +47,7 @@ def idle(address: str) -> bool:
     return (state["running"], state["waiting"]) == (0, 0)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> float:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> float:
     """Wait until `condition()` holds; returns the seconds that took. Raises TimeoutError."""
     began = time.monotonic()
     while not condition():
