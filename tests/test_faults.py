@@ -367,7 +367,6 @@ def test_experiments_beside_each_other_do_not_disturb_each_other(tiny_project):
     for steps in (2, 3):
         tiny_project.run("dvc", "exp", "run", "--queue", "--name", f"queued-{steps}", *settings(steps))
     tiny_project.run("dvc", "queue", "start", "--jobs", "2")
-    wait_for(lambda: tiny_project.run("dvc", "queue", "status").stdout.count("Running") == 2)  # at once, indeed
     aside = tiny_project.run("dvc", "exp", "run", "--temp", "--name", "aside", *settings(1), check=False)
     assert aside.returncode == 0, aside.stderr[-2000:]
     end = time.monotonic() + 1800
