@@ -37,14 +37,16 @@ def stages_run(said: str) -> list[str]:
 
 @pytest.mark.timeout(1800)
 def test_a_few_kills_change_nothing(tiny_project):
-    where, compared, _ = run_with_kills(tiny_project, 3, 5)
+    where, compared, mended = run_with_kills(tiny_project, 3, 5)
+    assert mended <= 1  # only where the kill hits DVC as it writes its own files
     assert where.total() == 3 and compared >= 1 and where["dvc"] == 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_fifty_kills_change_nothing(tiny_project):
-    where, compared, _ = run_with_kills(tiny_project, 50, 1)
+    where, compared, mended = run_with_kills(tiny_project, 50, 1)
+    assert mended <= 5
     assert where.total() == 50 and compared >= 7 and set(where) == set(STAGES), where
 
 
@@ -123,7 +125,7 @@ def test_a_stopped_repro_saves_its_step_and_goes_on(tiny_project, number):
     assert not (folder / "models/checkpoints").exists()
 
 
-def in_its_steps(project, said: Path) -> bool:
+def in_its_steps(said: Path) -> bool:
     """Whether a training whose output goes to `said` has done a step: from its first one on it listens."""
     return bool(re.search(r" [1-9]\d*/100000 ", said.read_text(encoding="utf-8")))
 
@@ -133,7 +135,7 @@ def test_a_terminated_make_leaves_no_stage_at_work(tiny_project, tmp_path):
     tiny_project.set(max_steps=100_000, save_steps=50_000, eval_steps=50_000)
     with (tmp_path / "said").open("w") as output:
         process = tiny_project.start("stages.repro", "train", output=output)
-        wait_for(lambda: in_its_steps(tiny_project, tmp_path / "said"))
+        wait_for(lambda: in_its_steps(tmp_path / "said"))
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("stages.train" in member.cmdline() for member in family)
         process.terminate()
@@ -151,7 +153,7 @@ def test_a_terminated_group_saves_its_step(tiny_project, tmp_path):
     tiny_project.make_environment()
     with (tmp_path / "said").open("w") as output:
         process = tiny_project.start("make", "all", output=output)
-        wait_for(lambda: in_its_steps(tiny_project, tmp_path / "said"))
+        wait_for(lambda: in_its_steps(tmp_path / "said"))
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=300)
     assert process.returncode != 0
