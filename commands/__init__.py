@@ -1,0 +1,1 @@
+"""What stands behind make targets and is no stage: `python -m commands NAME`."""

