@@ -29,21 +29,20 @@ help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 all: setup  ## Set up, run every stage whose inputs changed, and print a summary.
-	@$(PY) -m stages.repro
-	@$(PY) -m stages.summary
+	@$(PY) -m commands repro
+	@$(PY) -m commands summary
 
 serve: setup  ## Serve the chat page and an OpenAI-style API on loopback: make serve PORT=7860
-	@$(PY) space/app.py --models models/onnx --port $(PORT) \
-		--commit "$$(git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)"
+	@exec $(PY) -m commands serve --port $(PORT)
 
 chat: setup  ## Chat with the exported model in the terminal.
-	@$(PY) space/chat.py --model models/onnx/tuned
+	@exec $(PY) space/chat.py --model models/onnx/tuned
 
 space: setup  ## Put the chat app together as a Hugging Face Space, in build/space/.
-	@$(PY) -m stages.space
+	@$(PY) -m commands space
 
 deploy: setup  ## Publish model and Space (DRY=1 only lists): make deploy SPACE=user/name
-	@$(PY) -m stages.deploy "$(SPACE)" $(if $(DRY),--dry)
+	@$(PY) -m commands deploy "$(SPACE)" $(if $(DRY),--dry)
 
 test: setup  ## Set up and run all tests.
 	@$(PY) -m pytest
@@ -60,17 +59,17 @@ lint: setup  ## Check style (ruff) and types (mypy).
 	@$(PY) -m mypy
 
 plan: setup  ## Say what a run needs (memory, disk, time) and whether this machine has it, before any download.
-	@$(PY) -m stages.plan
+	@$(PY) -m commands plan
 
 recipe: setup  ## Put recipes/NAME.yaml in place of params.yaml: make recipe NAME=phi2-oasst1
-	@$(PY) -m stages.recipe $(NAME)
+	@$(PY) -m commands recipe $(NAME)
 
 verify: setup  ## Run the pipeline twice from nothing, elsewhere, and compare every output with each other and with git.
-	@$(PY) -m stages.verify
+	@$(PY) -m commands verify
 
 status: setup  ## Say which stages would run, and print the last summary.
 	@$(PY) -m dvc status
-	@$(PY) -m stages.summary
+	@$(PY) -m commands summary
 
 clean:  ## Remove caches and half-made outputs; nothing that took work to make.
 	@find . -path ./$(VENV) -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \
@@ -89,7 +88,7 @@ lock: requirements.txt  ## Make requirements.lock anew from requirements.txt, at
 # Two at once would install into one folder: the second waits, and then has nothing to do.
 setup:
 	@$(MAKE) --question --silent $(INSTALLED) || \
-		$(PYTHON) -m stages.alone $(MAKE) --no-print-directory --silent $(INSTALLED)
+		$(PYTHON) -m stages.common.locks $(MAKE) --no-print-directory --silent $(INSTALLED)
 
 # Only when the lock is newer than the last finished installation.
 $(INSTALLED): requirements.lock

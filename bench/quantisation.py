@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import torch
 
 from stages.common.artifacts import read_parquet
-from stages.common.models import load_model, load_tokenizer
+from stages.common.model_files import load_tokenizer
+from stages.common.models import load_model
 from stages.common.scoring import score
 from stages.export import BATCH, SOURCES, TOKENIZED, Exported, build, perplexity
 

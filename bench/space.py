@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from bench.chat_server import ROOT, wait_until
-from stages.space import build_space
+from commands.space import build_space
 
 MOST = 1e9  # bytes beyond the models
 SOON = 20  # seconds until the first page

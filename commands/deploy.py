@@ -12,20 +12,23 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Template
+
+from commands.space import BASE, ONNX, Pin, build_space
 from stages.common.artifacts import read_json, write_json, write_text, write_whole
-from stages.common.errors import StageError, first_line, run_stage
-from stages.space import BASE, ONNX, Pin, build_space
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from stages.common.errors import StageError, first_line
 
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
-REPORTS = [Path("reports/metrics.json"), Path("reports/export.json"), Path("reports/samples.md")]
+REPORTS = [Path("reports") / name for name in ("evaluation.json", "exported.json", "samples.json", "samples.md")]
+CARD = Path(__file__).parent / "cards/hub.md"
 MODEL = Path("build/model")
-# By this file a repository is known as one that a deploy made: what else it holds is brought to what is deployed.
+# This file marks a repository that a deploy made; its other files are replaced.
 MARKS = {"model": "onnx/tuned/card.json", "space": "models.json"}
 UNPUBLISHED = "0" * 40  # the commit in a dry run's Space
 
@@ -35,7 +38,7 @@ def build_model(repository: str) -> Path:
     for folder in (MERGED, ADAPTER, ONNX / "tuned"):
         if not folder.is_dir():
             raise StageError(f"{folder} is missing. Run `make all` to make it.")
-    base = read_json(BASE / "source.json")["source"]
+    on_hub = read_json(BASE / "source.json")["hub"]
     with write_whole(MODEL) as folder:
         # Links, not copies: a large model would be on the disk twice.
         shutil.copytree(MERGED, folder, copy_function=_link)
@@ -47,9 +50,8 @@ def build_model(repository: str) -> Path:
             if report.is_file():
                 (folder / report.parent).mkdir(exist_ok=True)
                 _link(str(report), str(folder / report))
-        # What names folders of this project names the hub's repositories there.
+        # A folder of this project is no name of a base model elsewhere.
         config = read_json(ADAPTER / "adapter_config.json")
-        on_hub = base if ":" not in base else None
         write_json(folder / "adapter/adapter_config.json", {**config, "base_model_name_or_path": on_hub})
         card = (MERGED / "README.md").read_text(encoding="utf-8")
         write_text(folder / "README.md", hub_card(card, repository))
@@ -59,16 +61,7 @@ def build_model(repository: str) -> Path:
 def hub_card(card: str, repository: str) -> str:
     """The merged model's card as the model repository shows it."""
     here = card.replace(f'"{MERGED}"', f'"{repository}"').replace("in the project's `reports/", "in `reports/")
-    return f"""{here}
-## What else is here
-| folder | what it holds |
-| --- | --- |
-| `onnx/` | the tuned and the base model for onnxruntime-genai on CPUs, each with its card (`card.json`) |
-| `adapter/` | the LoRA adapter alone, and all that shaped its training (`training.json`) |
-| `reports/` | what was measured, and sample answers |
-
-Try it: [the chat page](https://huggingface.co/spaces/{repository}).
-"""
+    return Template(CARD.read_text(encoding="utf-8")).render(card=here, repository=repository) + "\n"
 
 
 def _link(source: str, target: str) -> None:
@@ -90,9 +83,6 @@ def _files(folder: Path) -> list[Path]:
 @contextmanager
 def explained(repository: str) -> Iterator[None]:
     """What the hub and the network refuse, as one line that says how to mend it; no token is ever in it."""
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
     log_in = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
     try:
         yield
@@ -114,7 +104,7 @@ def explained(repository: str) -> Iterator[None]:
         ) from None
 
 
-def publish(api: "HfApi", repository: str, kind: str, folder: Path) -> str:
+def publish(api: HfApi, repository: str, kind: str, folder: Path) -> str:
     """Make the repository ("model" or "space") if need be, and bring it to what `folder` holds, in one commit.
 
     Returns the commit that it is at then.
@@ -149,9 +139,6 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     chosen = options()
     name = chosen.repository
     try:
@@ -166,15 +153,9 @@ def main() -> None:
             print("\n".join(listing(name, kind, folder)))
         return
 
-    from huggingface_hub import HfApi
-
     api = HfApi()
     with explained(name):
         print(f"deploy: as {api.whoami()['name']}", flush=True)
     revision = publish(api, name, "model", model)
     publish(api, name, "space", build_space(Pin(name, revision)))
     print(f"The page: {api.endpoint}/spaces/{name}   The model: {api.endpoint}/{name}")
-
-
-if __name__ == "__main__":
-    run_stage(main, network=True)

@@ -1,6 +1,6 @@
 """Put a recipe in place of params.yaml, keeping what was there if it was edited.
 
-Run: `make recipe NAME=phi2-oasst1` (or `python -m stages.recipe phi2-oasst1`)
+Run: `make recipe NAME=phi2-oasst1` (or `python -m commands recipe phi2-oasst1`)
 """
 
 import itertools
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from stages.common.artifacts import write_text
-from stages.common.errors import StageError, run_stage
-from stages.common.params import PARAMS, read_params
+from stages.common.errors import StageError
+from stages.common.params import PARAMS, read_params, read_values
 
 RECIPES = Path("recipes")
 
@@ -25,13 +25,22 @@ def switch(name: str) -> str:
     said = f"params.yaml is now the recipe {name}. Next: dvc repro"
     if PARAMS.exists():
         current = PARAMS.read_text(encoding="utf-8")
-        if all(current != path.read_text(encoding="utf-8") for path in RECIPES.glob("*.yaml")):
+        if edited(PARAMS):
             places = (RECIPES / ("previous" + (f"-{n}" if n > 1 else "") + ".yaml") for n in itertools.count(1))
             kept = next(place for place in places if not place.exists())
             write_text(kept, current)
-            said += f"\nYour edited params.yaml is kept: make recipe NAME={kept.stem} brings it back."
+            said += f"\nYour edited params.yaml is saved as {kept}: make recipe NAME={kept.stem} brings it back."
     write_text(PARAMS, recipe)
     return said
+
+
+def edited(path: Path) -> bool:
+    """Whether a parameter file has other values than each recipe. (Comments do not count: DVC rewrites the file.)"""
+    try:
+        values = read_values(path)
+    except StageError:
+        return True
+    return all(values != read_values(recipe) for recipe in RECIPES.glob("*.yaml"))
 
 
 def main() -> None:
@@ -39,7 +48,3 @@ def main() -> None:
         names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
         raise StageError(f"say which recipe: make recipe NAME=…, one of: {names}")
     print(switch(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    run_stage(main)

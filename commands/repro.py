@@ -1,8 +1,8 @@
-"""Run `dvc repro` alone in this folder, after mending what a killed one may have left half-written.
+"""Run `dvc repro` alone in this folder, after repairing what a killed one may have left half-written.
 
-DVC's other locks end with their process. These two files it writes in place, and would stumble over afterwards. SIGTERM
-is passed on to DVC and its stage: DVC alone would end and leave the stage at work.
-Run: `python -m stages.repro` (and what `dvc repro` takes); `make all` does.
+DVC writes two files in place, dvc.lock and its table of locks, and cannot read a half-written one. DVC's other locks
+end with their process. SIGTERM is forwarded to DVC and its stage: DVC alone would end, and the stage would go on.
+Run: `python -m commands repro` (and what `dvc repro` takes); `make all` does.
 """
 
 import json
@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from dvc.lock import make_lock
+from dvc.rwlock import RWLOCK_LOCK, SCHEMA
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from voluptuous import Invalid
 
-from stages.alone import hold
+from commands.lockfile import LOCK
 from stages.common.artifacts import write_json
-from stages.common.errors import StageError, run_stage
+from stages.common.errors import StageError
+from stages.common.locks import hold
+from stages.common.params import read_params
 
 RWLOCK = Path(".dvc/tmp/rwlock")
-LOCK = Path("dvc.lock")
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file of DVC's is absent, or was written to its end."""
-    from dvc.rwlock import SCHEMA
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-
+def is_complete(path: Path) -> bool:
+    """Whether a file of DVC's is absent or complete."""
     try:
         text = path.read_text(encoding="utf-8")
         if path == RWLOCK:
@@ -47,13 +48,10 @@ def is_whole(path: Path) -> bool:
 
 
 def release_the_dead() -> None:
-    """Take out of DVC's table of locks the killed processes that nobody has taken notice of (zombies).
+    """Remove killed processes that no parent has collected (zombies) from DVC's table of locks.
 
-    DVC takes them for living ones; in a container whose first process does not collect them they stay for good.
+    DVC takes them for living ones. In a container whose first process does not collect them, they stay forever.
     """
-    from dvc.lock import make_lock
-    from dvc.rwlock import RWLOCK_LOCK
-
     if not RWLOCK.is_file():
         return
     with make_lock(str(RWLOCK.with_name(RWLOCK_LOCK)), tmp_dir=str(RWLOCK.parent)):  # as DVC edits it
@@ -77,17 +75,17 @@ def is_dead(pid: int) -> bool:
         return True
 
 
-def mend() -> None:
-    """Put aside what a killed DVC left: half-written files, and locks. Raises StageError for a dvc.lock that somebody
-    else broke."""
+def repair() -> None:
+    """Move half-written files of a killed DVC aside, and release its locks. Raises StageError for a dvc.lock with a
+    merge conflict."""
     for path, what in (
-        (RWLOCK, "DVC starts another"),
-        (LOCK, "DVC writes it anew, from its cache of runs where it can"),
+        (RWLOCK, "DVC starts a new one"),
+        (LOCK, "DVC writes it again, from its cache of runs where it can"),
     ):
-        if is_whole(path):
+        if is_complete(path):
             continue
         time.sleep(0.5)  # a `dvc` started by hand may be writing it just now
-        if is_whole(path):
+        if is_complete(path):
             continue
         if b"<<<<<<<" in path.read_bytes():
             raise StageError(
@@ -96,14 +94,15 @@ def mend() -> None:
         aside = RWLOCK.with_name(f"{path.name}.damaged")
         aside.parent.mkdir(parents=True, exist_ok=True)
         path.replace(aside)
-        print(f"{path} was not written to its end, and is now {aside}: {what}.", flush=True)
+        print(f"{path} was incomplete, and is now {aside}: {what}.", flush=True)
     release_the_dead()
 
 
 def main() -> None:
-    hold()
-    mend()
-    ending: set[psutil.Process] = set()  # also those whom DVC, having ended, no longer leads to
+    read_params()  # a wrong value of any stage, before DVC removes the outputs of the first that runs
+    hold("make", "another make")
+    repair()
+    ending: set[psutil.Process] = set()  # also children that DVC no longer lists once it has ended
     asked = threading.Event()
 
     def terminate(*_: object) -> None:
@@ -114,15 +113,13 @@ def main() -> None:
                 member.terminate()
 
     signal.signal(signal.SIGTERM, terminate)
-    dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *sys.argv[1:]], close_fds=False)  # it holds on, too
-    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to all of them
-    if asked.is_set():  # before there was anyone to tell
+    dvc = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", *sys.argv[1:]], close_fds=False
+    )  # DVC inherits the lock
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to every process of the group
+    if asked.is_set():  # a signal that came before DVC started
         terminate()
     code = dvc.wait()
     while not all(is_dead(member.pid) for member in ending):  # a training saves its step first
         time.sleep(0.1)
     sys.exit(code if code >= 0 else 128 - code)
-
-
-if __name__ == "__main__":
-    run_stage(main, network=True)  # each stage decides for itself

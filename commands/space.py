@@ -8,23 +8,26 @@ Run: `make space`; try it there: `pip install -r requirements.txt`, `python app.
 
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import SpaceCard, SpaceCardData
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from commands.commit import project_commit
 from stages.common.artifacts import read_json, write_json, write_text, write_whole
-from stages.common.errors import StageError, run_stage
+from stages.common.cards import hub_datasets
+from stages.common.errors import StageError
 
 APP = Path("space")
 ONNX = Path("models/onnx")
 BASE = Path("models/base")
 LICENCE = Path("LICENSE")
+CARD = Path(__file__).parent / "cards/space.md"
 SPACE = Path("build/space")
 PUBLISHED = Path("build/published-space")
 PYTHON = "3.11"
@@ -37,14 +40,6 @@ class Pin:
 
     repository: str
     revision: str
-
-
-def project_commit() -> str:
-    """The commit of the project that the folder is made from; `-dirty` where files were changed since."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def gradio_version(requirements: str) -> str:
@@ -87,49 +82,27 @@ def space_card(card: dict[str, Any], gradio: str, commit: str, pin: Pin | None, 
 
     `files` of the repository `pin` are in the Space's cache before it starts.
     """
-    base, quality = card["base_model"], card["quality"]
-    on_hub = [source for source in (pin and pin.repository, base["source"]) if source and ":" not in source]
-    preload = f"preload_from_hub:\n- {pin.repository} {','.join(files)} {pin.revision}\n" if pin else ""
-    where = f"[{pin.repository}](https://huggingface.co/{pin.repository})/{INSIDE}" if pin else "`model`"
-    models = "models:\n" + "".join(f"- {name}\n" for name in on_hub) if on_hub else ""
-    repositories = ["/".join(d["source"].split("/")[:2]) for d in card["datasets"] if ":" not in d["source"]]
-    datasets = "datasets:\n" + "".join(f"- {name}\n" for name in dict.fromkeys(repositories)) if repositories else ""
-    data = "; ".join(
-        f"`{d['source']}`{' at `' + d['revision'] + '`' if d['revision'] else ''}, "
-        f"licence {d['license'] or 'not stated'}"
-        for d in card["datasets"]
+    base = card["base_model"]
+    preload = [f"{pin.repository} {','.join(files)} {pin.revision}"] if pin else None
+    data = SpaceCardData(
+        title="QLoRA chat",
+        emoji="💬",
+        colorFrom="blue",
+        colorTo="green",
+        sdk="gradio",
+        sdk_version=gradio,
+        python_version=PYTHON,
+        app_file="app.py",
+        license=base["license"] or "other",
+        models=[name for name in (pin and pin.repository, base["hub"]) if name] or None,
+        datasets=hub_datasets(card["datasets"]),
+        preload_from_hub=preload,
+        pinned=False,
+        short_description="A small fine-tuned chat model on a CPU",
     )
-    steps = card["training"]["params"]["max_steps"]
-    return f"""---
-title: QLoRA chat
-emoji: 💬
-colorFrom: blue
-colorTo: green
-sdk: gradio
-sdk_version: {gradio}
-python_version: "{PYTHON}"
-app_file: app.py
-license: {base["license"] or "other"}
-{models}{datasets}{preload}pinned: false
-short_description: A small fine-tuned chat model on a CPU
----
-# QLoRA chat
-
-A chat page and an OpenAI-style API for a language model that was fine-tuned by QLoRA, on a CPU.
-
-| | |
-| --- | --- |
-| Base model | `{base["source"]}` at `{base["revision"]}`, licence {base["license"] or "not stated"} |
-| Data | {data} |
-| Training | {steps} steps on {card["training"]["train_conversations"]} conversations |
-| Export | {card["export"]["export_precision"]}, perplexity {quality["perplexity"]:.2f} on held-out answers \
-({quality["perplexity_before"]:.2f} before the export) |
-| Made from | commit `{commit}` of the project |
-
-Everything else about the models is in {where}, in `tuned/card.json` and `base/card.json`. The app: Apache-2.0
-(`LICENSE`); the models: the licence of their base. To run it elsewhere: `pip install -r requirements.txt`, then
-`python app.py`.
-"""
+    where = f"[{pin.repository}](https://huggingface.co/{pin.repository})/{INSIDE}" if pin else "`model`"
+    filled = {**card, "base": base, "commit": commit, "where": where}
+    return f"{SpaceCard.from_template(data, template_path=str(CARD), **filled)}\n"
 
 
 def build_space(pin: Pin | None = None) -> Path:
@@ -165,7 +138,3 @@ def main() -> None:
     print(f"space: {len(files)} files, {size / 1e6:.0f} MB -> {folder}/")
     print(f"Try it: cd {folder} && pip install -r requirements.txt && python app.py")
     print("Publish it: make deploy SPACE=you/name")
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -1,43 +1,25 @@
 """Print what the pipeline made: base against tuned, one answer of each, where to look next.
 
-Reads reports/ and dvc.lock (what they were made with); writes nothing. Run: `python -m stages.summary`; `make all`
+Reads reports/ and dvc.lock (what they were made with); writes nothing. Run: `python -m commands summary`; `make all`
 ends with it.
 """
 
-import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
+from commands.lockfile import parameters, read_lock
 from stages.common.artifacts import read_json
-from stages.common.errors import StageError, run_stage
-from stages.common.params import PARAMS
+from stages.common.errors import StageError
 
 REPORTS = Path("reports")
-LOCK = Path("dvc.lock")
 WIDTH = 96
 SAMPLE_CHARACTERS = 280
 
 
-def made_with() -> dict[str, Any]:
-    """The parameters of the last finished run, which params.yaml may have left behind."""
-    if not LOCK.exists():
-        raise StageError("nothing was made yet. Run `make all`.")
-    try:
-        stages = YAML(typ="safe").load(LOCK.read_text(encoding="utf-8"))["stages"]
-    except (YAMLError, ValueError, KeyError, TypeError):
-        raise StageError(f"{LOCK} is damaged. `git checkout {LOCK}`, then `dvc repro`.") from None
-    return {
-        key: value for stage in stages.values() for key, value in stage.get("params", {}).get(str(PARAMS), {}).items()
-    }
-
-
-def table(metrics: dict) -> list[str]:
+def table(evaluation: dict[str, Any]) -> list[str]:
     """The lines of base against tuned."""
-    base, tuned, difference, stops = (metrics[k] for k in ("base", "tuned", "difference", "stop_rate"))
+    base, tuned, difference, stops = (evaluation[k] for k in ("base", "tuned", "difference", "stop_rate"))
     rows = [
         ("perplexity", f"{base['perplexity']:.2f}", f"{tuned['perplexity']:.2f}"),
         ("loss (nats a token)", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}"),
@@ -54,7 +36,7 @@ def table(metrics: dict) -> list[str]:
     return lines
 
 
-def exported(report: dict) -> str:
+def exported(report: dict[str, Any]) -> str:
     """The line about the exported model."""
     tuned = report["tuned"]
     return (
@@ -63,35 +45,32 @@ def exported(report: dict) -> str:
     )
 
 
-def one_sample(page: str) -> list[str]:
-    """The first prompt of samples.md answered differently, with both answers, wrapped for a terminal."""
-    samples = [sample.split("**tuned**") for sample in page.split("\n## ")[1:]]
-    different = [s for s in samples if s[0].partition("**base**")[2].strip() != s[-1].strip()]
-    prompt, *answers = re.split(r"\*\*(?:base|tuned)\*\*", "**tuned**".join((different or samples)[0]))
-    lines = [f"  {prompt.strip()}"]
-    for name, answer in zip(("base", "tuned"), answers, strict=True):
-        text = textwrap.shorten(answer.replace("\n>", " "), SAMPLE_CHARACTERS, placeholder=" …")
+def one_sample(samples: list[dict[str, Any]]) -> list[str]:
+    """The first sample that is answered differently, with both answers, wrapped for a terminal."""
+    different = [sample for sample in samples if sample["base"]["text"] != sample["tuned"]["text"]]
+    sample = (different or samples)[0]
+    lines = [f"  {sample['prompt']}"]
+    for name in ("base", "tuned"):
+        answer = sample[name]["text"] + ("" if sample[name]["ended"] else " …")
+        text = textwrap.shorten(answer, SAMPLE_CHARACTERS, placeholder=" …")
         lines += ["", *textwrap.wrap(f"{name}: {text}", WIDTH, initial_indent="  ", subsequent_indent="    ")]
     return lines
 
 
 def main() -> None:
-    metrics = read_json(REPORTS / "metrics.json", ["held_out", "base", "tuned", "difference", "stop_rate"])
-    samples = REPORTS / "samples.md"
-    if not samples.is_file():
-        raise StageError(f"{samples} is missing. Run `dvc repro` to make it.")
-    held_out, made = metrics["held_out"], made_with()
+    made = parameters(read_lock())
+    if not made:
+        raise StageError("nothing was made yet. Run `make all`.")
+    evaluation = read_json(REPORTS / "evaluation.json", ["held_out", "base", "tuned", "difference", "stop_rate"])
+    samples = read_json(REPORTS / "samples.json")
+    held_out = evaluation["held_out"]
     print(f"\nBase {made['base_model']}\ntuned on {made['dataset']}, {made['max_steps']} steps")
     print(f"measured on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens:\n")
-    print("\n".join(table(metrics)))
+    print("\n".join(table(evaluation)))
     print("\nOne answer side by side:\n")
-    print("\n".join(one_sample(samples.read_text(encoding="utf-8"))))
-    print(f"\n{exported(read_json(REPORTS / 'export.json'))}")
+    print("\n".join(one_sample(samples)))
+    print(f"\n{exported(read_json(REPORTS / 'exported.json'))}")
     print(
-        "The model: models/merged/ (its card: README.md there). More answers: reports/samples.md."
-        "\nAll figures: reports/metrics.json. The loss curve: dvc plots show. Another try: dvc exp run -S max_steps=24"
+        "The model: models/merged/ (its card: README.md there). More answers: reports/samples.md.\n"
+        "All figures: reports/evaluation.json. The loss curve: dvc plots show. Another try: dvc exp run -S max_steps=24"
     )
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -7,6 +7,7 @@ Run: `make verify`
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,34 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from stages.common.errors import StageError, run_stage
+from commands.lockfile import LOCK, outputs, read_lock
+from stages.common.errors import StageError
 
-LOCK = Path("dvc.lock")
 LOSS = Path("reports/loss")
 METRICS = Path("reports/metrics.json")
 TOLERANCE = 1e-3  # nats a token
 FOLDERS = ("first", "a second, with a longer name")
-
-
-def read_lock(folder: Path) -> dict[str, Any]:
-    """The stages of a folder's dvc.lock, in the order of the pipeline; none where there is no such file."""
-    path = folder / LOCK
-    if not path.is_file():
-        return {}
-    try:
-        stages = YAML(typ="safe").load(path.read_text(encoding="utf-8"))["stages"]
-    except (YAMLError, ValueError, KeyError, TypeError):
-        raise StageError(f"{path} is damaged. `git checkout {LOCK}`, then `make verify`.") from None
-    order = list(YAML(typ="safe").load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
-    return {name: stages[name] for name in order if name in stages}
-
-
-def outputs(stages: dict[str, Any]) -> dict[str, str]:
-    """The md5 of every output, by path, in the order of the stages."""
-    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
 
 
 def first_difference(first: Path, second: Path) -> str | None:
@@ -86,7 +67,7 @@ def largest_gap(recorded: Path, found: Path) -> float:
     gaps = []
     if (recorded / METRICS).is_file() and (found / METRICS).is_file():
         ours, theirs = (json.loads((folder / METRICS).read_text(encoding="utf-8")) for folder in (recorded, found))
-        gaps += [abs(ours[model]["loss"] - theirs[model]["loss"]) for model in ("base", "tuned")]
+        gaps += [abs(math.log(ours[name] / theirs[name])) for name in ("base_ppl", "ppl")]  # the logarithm is the loss
     for split in ("train", "validation"):
         if (recorded / LOSS / f"{split}.csv").is_file() and (found / LOSS / f"{split}.csv").is_file():
             a, b = (pd.read_csv(folder / LOSS / f"{split}.csv") for folder in (recorded, found))
@@ -127,7 +108,7 @@ def verdict(recorded: Path, found: Path) -> str:
 
 
 def recorded_run(source: Path, folder: Path) -> Path:
-    """Put what git's last commit records of a run into `folder`: what has been run since is another's word."""
+    """Put what git's last commit records of a run into `folder`: runs since then do not count."""
     for path in (LOCK, Path("dvc.yaml"), METRICS, *(LOSS / f"{split}.csv" for split in ("train", "validation"))):
         shown = subprocess.run(["git", "show", f"HEAD:./{path}"], cwd=source, capture_output=True)
         if shown.returncode == 0:
@@ -164,10 +145,10 @@ def main() -> None:
         for number, run in enumerate(runs, 1):
             print(f"verify: run {number} of {len(runs)}, from nothing, in {run}", flush=True)
             copy_project(source, run)
-            command = ["dvc", "repro", "--no-run-cache", *targets]  # also where all projects share a cache
+            command = ["dvc", "repro", "--no-run-cache", *targets]  # even where projects share a cache
             result = subprocess.run([sys.executable, "-m", *command], cwd=run, env=environment)
             if result.returncode:
-                raise StageError(f"run {number} did not come to its end: see above. Mend that, then `make verify`.")
+                raise StageError(f"run {number} did not finish: see above. Fix that, then `make verify`.")
         if different := first_difference(*runs):
             raise StageError(
                 f"{different} differs between two runs from nothing on this machine: its stage is not repeatable. "
@@ -175,7 +156,3 @@ def main() -> None:
             )
         print(f"verify: two runs from nothing gave the same {len(outputs(read_lock(runs[0])))} outputs, bit for bit.")
         print(f"verify: {verdict(recorded_run(source, Path(folder) / 'recorded'), runs[0])}")
-
-
-if __name__ == "__main__":
-    run_stage(main, network=True)

@@ -1,1 +1,1 @@
-"""The pipeline's stages, one file each. `python -m stages NAME` runs one from the project's root; `dvc repro` runs all."""
+"""The pipeline's stages, one file each. `python -m stages NAME` runs one from the project's root, `dvc repro` all."""

@@ -3,7 +3,8 @@
 Reads models/merged/, models/base/, the held-out part of data/tokenized/, and for the cards models/adapter/training.json
 and data/raw/source.json.
 Writes models/onnx/tuned and models/onnx/base (the base exported the same way, to show both side by side), each with its
-tokenizer, the chat template of training and card.json; and reports/export.json (what the export cost in quality).
+tokenizer, the chat template of training and card.json; reports/exported.json (what the export cost in quality) and
+reports/export.json (the few numbers of it that one compares).
 Run: `dvc repro export`
 """
 
@@ -15,22 +16,24 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from stages.common import memory
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
-from stages.common.errors import StageError, is_disk_full, run_stage
+from stages.common.errors import StageError, is_disk_full
+from stages.common.exported import Exported
+from stages.common.generation import greedy_answers
 from stages.common.machine import Machine, this_machine
-from stages.common.models import check_weights, load_config, load_model, load_tokenizer
+from stages.common.masks import question_of, supervised_tokens
+from stages.common.model_files import check_weights, load_config, load_tokenizer
+from stages.common.models import load_model
 from stages.common.params import load_params
-from stages.common.scoring import score
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from stages.common.schema import ExportParams
+from stages.common.scoring import accuracy_of, perplexity_of, score
 
 SOURCES = {"tuned": Path("models/merged"), "base": Path("models/base")}
 TOKENIZED = Path("data/tokenized")
@@ -38,7 +41,8 @@ COLUMNS = ("input_ids", "assistant_masks", "length")  # what is read of a tokeni
 TRAINING = Path("models/adapter/training.json")
 DATA_SOURCE = Path("data/raw/source.json")
 ONNX = Path("models/onnx")
-REPORT = Path("reports/export.json")
+METRICS = Path("reports/export.json")
+FIGURES = Path("reports/exported.json")
 
 LARGER = "Run `dvc repro` on a larger machine, where models/merged is (dvc push, dvc pull)."
 # Greedy answers on which merged and exported model are compared, token by token.
@@ -54,7 +58,7 @@ def matmul_name(layer: int, name: str) -> str:
     return f"/model/layers.{layer}/{'attn' if name in ('qkv_proj', 'o_proj') else 'mlp'}/{name}/MatMul"
 
 
-def quantisation(params: SimpleNamespace, layers: int, tied: bool) -> dict[str, Any]:
+def quantisation(params: ExportParams, layers: int, tied: bool) -> dict[str, Any]:
     """The builder's description of how weights are quantised, for a model of so many layers.
 
     `tied`: its input and output embeddings are one matrix, which is then stored once.
@@ -77,12 +81,12 @@ def quantisation(params: SimpleNamespace, layers: int, tied: bool) -> dict[str, 
 
 def check_memory(source: Path, machine: Machine) -> None:
     """Raise StageError when the model in float32, which the builder loads, is more than this machine can hold."""
-    shape = memory.shape_of(load_config(source), [], 1)
+    shape = memory.shape_of(load_config(source))
     needed = memory.LIBRARIES + shape.parameters * memory.dtype_bytes("float32")
     memory.check_room("exporting takes at least", needed, machine.memory, "this machine", LARGER)
 
 
-def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
+def build(source: Path, folder: Path, params: ExportParams) -> None:
     """Export the model in `source` into `folder`, which is made. Raises StageError with the builder's reason.
 
     In a process of its own: the builder's modules have common names, it prints much, and its memory is given back.
@@ -112,8 +116,8 @@ def build(source: Path, folder: Path, params: SimpleNamespace) -> None:
         )
 
 
-def set_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase", merged: Path) -> None:
-    """Give an exported model the tokenizer, template and special tokens of training, whatever its source had."""
+def set_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, merged: Path) -> None:
+    """Give an exported model the tokenizer, template and special tokens of training, not those of its source."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if not (merged / name).is_file():
             raise StageError(f"{merged / name} is missing. Delete {merged} and run `dvc repro`.")
@@ -124,108 +128,40 @@ def set_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase", merged: Pa
     write_json(folder / "genai_config.json", config)
 
 
-class Exported:
-    """An exported model, as far as measuring it needs."""
-
-    def __init__(self, folder: Path) -> None:
-        import onnxruntime_genai as og
-
-        self._og = og
-        self._model = og.Model(str(folder))
-
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """Logits of shape (tokens, vocabulary): at each position, for the token after it."""
-        settings = self._og.GeneratorParams(self._model)
-        settings.set_search_options(max_length=len(ids) + 1, batch_size=1)
-        generator = self._og.Generator(self._model, settings)
-        generator.append_tokens(np.array(ids, dtype=np.int32))
-        logits: np.ndarray = generator.get_output("logits")[0]
-        return logits
-
-    def score(self, rows: pd.DataFrame, progress: str) -> pd.DataFrame:
-        """As stages.common.scoring.score: columns nll (nats), tokens and correct, one row a conversation."""
-        from tqdm.auto import tqdm
-
-        results = []
-        for row in tqdm(rows.itertuples(), total=len(rows), desc=progress, unit="conv"):
-            ids = np.array(row.input_ids)
-            positions = np.flatnonzero(row.assistant_masks)
-            positions = positions[positions > 0]
-            logits = self.logits(ids.tolist())[positions - 1].astype(np.float64)
-            logits -= logits.max(axis=1, keepdims=True)
-            log_normaliser = np.log(np.exp(logits).sum(axis=1))
-            nll = log_normaliser - logits[np.arange(len(positions)), ids[positions]]
-            results.append((float(nll.sum()), len(positions), int((logits.argmax(axis=1) == ids[positions]).sum())))
-        return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
-
-    def agreement(self, prompts: list[list[int]], answers: list[list[int]]) -> float:
-        """The share of the answers' tokens that this model, too, finds most likely after all before them."""
-        same = total = 0
-        for prompt, answer in zip(prompts, answers, strict=True):
-            chosen = self.logits(prompt + answer)[len(prompt) - 1 : -1].argmax(axis=1)
-            same += int((chosen == np.array(answer)).sum())
-            total += len(answer)
-        return same / total
-
-
-def greedy_answers(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]]
-) -> list[list[int]]:
-    """The ids of the greedy answer to each prompt, with the end token if it ends within ANSWER_TOKENS."""
-    import torch
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig(
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.no_grad():
-        outputs = [model.generate(torch.tensor([prompt], device=model.device))[0] for prompt in prompts]
-    return [output[len(prompt) :].tolist() for prompt, output in zip(prompts, outputs, strict=True)]
-
-
-def perplexity(scores: pd.DataFrame) -> float:
-    return float(np.exp(scores["nll"].sum() / scores["tokens"].sum()))
-
-
-def check_loss(increase: float, most: float) -> None:
-    """Raise StageError when the exported model's perplexity rose by more than the share `most`."""
-    if not increase <= most:
+def check_loss(increase: float, highest: float) -> None:
+    """Raise StageError when the exported model's perplexity rose by more than the share `highest`."""
+    if not increase <= highest:
         raise StageError(
             f"the exported model's perplexity is {increase:+.1%} against the merged model's, more than "
-            f"export_max_perplexity_increase, {most:.1%}. Name more layers in export_int8_layers, choose a smaller "
+            f"export_max_perplexity_increase, {highest:.1%}. Name more layers in export_int8_layers, choose a smaller "
             "export_block_size, or export_precision: int8."
         )
 
 
-def measure(source: Path, folder: Path, tokenizer: "PreTrainedTokenizerBase", rows: pd.DataFrame) -> dict[str, Any]:
+def measure(source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: pd.DataFrame) -> dict[str, Any]:
     """What the export of `source` into `folder` cost: on the held-out tokens, and on greedy answers of `source`."""
-    import torch
-
     # One after the other: a large model need not be in memory twice.
     model = load_model(source, torch.float32).eval()
     print(f"export: {folder.name}: scoring and answering as it was before", flush=True)
-    before = perplexity(score(model, rows, BATCH, tokenizer.pad_token_id))
-    prompts = [list(row.input_ids[: list(row.assistant_masks).index(1)]) for row in rows.head(ANSWERS).itertuples()]
-    answers = greedy_answers(model, tokenizer, prompts)
+    before = perplexity_of(score(model, rows, BATCH, tokenizer.pad_token_id))
+    prompts = [question_of(row) for row in rows.head(ANSWERS).itertuples()]
+    answers = greedy_answers(model, tokenizer, prompts, ANSWER_TOKENS, batch_size=1)
     del model
     exported = Exported(folder)
     scores = exported.score(rows, f"scoring {folder.name}, exported")
-    after = perplexity(scores)
+    after = perplexity_of(scores)
     return {
         "perplexity_before": round(before, 4),
         "perplexity": round(after, 4),
         "perplexity_increase": round(after / before - 1, 6),
-        "token_accuracy": round(float(scores["correct"].sum() / scores["tokens"].sum()), 6),
+        "token_accuracy": round(accuracy_of(scores), 6),
         "token_agreement": round(exported.agreement(prompts, answers), 6),
         "bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*")),
     }
 
 
-def card(name: str, params: SimpleNamespace, quality: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
-    """Where a model comes from, how it was made and how good it is, for whoever has the exported folder alone."""
+def card(name: str, params: ExportParams, quality: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
+    """Where a model comes from, how it was made and how good it is: a reader may have the exported folder alone."""
     training = read_json(TRAINING)
     return {
         "name": name,
@@ -233,17 +169,27 @@ def card(name: str, params: SimpleNamespace, quality: dict[str, Any], rows: pd.D
         "datasets": read_json(DATA_SOURCE) if name == "tuned" else [],
         "training": training if name == "tuned" else None,
         "system_prompt": training["params"]["system_prompt"],
-        "export": vars(params),
+        "export": params.model_dump(),
         "held_out": {
             "conversations": len(rows),
-            "supervised_tokens": int(sum(sum(mask) for mask in rows["assistant_masks"])),
+            "supervised_tokens": supervised_tokens(rows),
         },
         "quality": quality,
     }
 
 
+def headline(tuned: dict[str, Any]) -> dict[str, float]:
+    """The metrics that DVC shows beside those of evaluate: the exported model's perplexity, the share of greedy tokens
+    that it has in common with the merged model, and its size in MB."""
+    return {
+        "cpu_ppl": tuned["perplexity"],
+        "cpu_agreement": round(tuned["token_agreement"], 4),
+        "cpu_mb": round(tuned["bytes"] / 1e6, 1),
+    }
+
+
 def main() -> None:
-    params = load_params("export")
+    params = load_params(ExportParams)
     rows = read_parquet(TOKENIZED / "validation.parquet", COLUMNS)
     tokenizer = load_tokenizer(SOURCES["tuned"])
     names = ["tuned", "base"] if params.export_base else ["tuned"]
@@ -251,7 +197,7 @@ def main() -> None:
         check_weights(SOURCES[name])
         check_memory(SOURCES[name], this_machine())
     report: dict[str, Any] = {"precision": params.export_precision}
-    with write_whole(REPORT) as figures, write_whole(ONNX) as partial:
+    with write_whole(METRICS) as metrics, write_whole(FIGURES) as figures, write_whole(ONNX) as partial:
         for name in names:
             print(f"export: {name}: {SOURCES[name]}/ to {params.export_precision}", flush=True)
             folder = partial / name
@@ -261,14 +207,11 @@ def main() -> None:
             if name == "tuned":
                 check_loss(report[name]["perplexity_increase"], params.export_max_perplexity_increase)
             write_json(folder / "card.json", card(name, params, report[name], rows))
+        tuned = report["tuned"]
         write_json(figures, report)
-    tuned = report["tuned"]
+        write_json(metrics, headline(tuned))
     print(
         f"export: perplexity {tuned['perplexity_before']:.2f} -> {tuned['perplexity']:.2f} "
         f"({tuned['perplexity_increase']:+.1%}), {tuned['token_agreement']:.1%} of greedy tokens the same, "
         f"{tuned['bytes'] / 1e6:.0f} MB -> {ONNX}/"
     )
-
-
-if __name__ == "__main__":
-    run_stage(main, one_at_a_time=True)

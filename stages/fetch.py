@@ -1,19 +1,25 @@
 """Fetch the pinned data set and the base model.
 
 Reads the sources that params.yaml names (and data/sample, data/local for local ones).
-Writes data/raw/1/, data/raw/2/, … (each data set's files; of a repository of the hub one parquet file a split),
-models/base/ (safetensors, tokenizer, config), and data/raw/source.json (a list) and models/base/source.json, which say
-where they came from. Run: `dvc repro fetch`
+Writes data/raw/1/, data/raw/2/, … (each data set's files; a hub repository as one parquet file a split), models/base/
+(safetensors, tokenizer, config), and data/raw/source.json (a list) and models/base/source.json, which record where they
+came from. Run: `dvc repro fetch`
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
 from stages.common.artifacts import write_json, write_text, write_whole
-from stages.common.errors import StageError, first_line, run_stage
-from stages.common.models import check_weights, load_tokenizer
+from stages.common.downloads import fetch_source
+from stages.common.errors import StageError, first_line
+from stages.common.model_files import check_weights, load_tokenizer
 from stages.common.params import load_params
+from stages.common.schema import FetchParams
 from stages.common.sources import Source, parse_source, parse_sources
 
 RAW = Path("data/raw")
@@ -30,10 +36,6 @@ def convert_gguf(folder: Path) -> None:
         raise StageError(
             f"base_model: there are {len(files)} GGUF files, {names}. Put the one you mean after its path."
         )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     print(f"fetch: converting {files[0].name} to safetensors", flush=True)
     try:
@@ -53,7 +55,7 @@ def convert_gguf(folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # It writes down whether it was offline, which must not shape the output.
+    # The tokenizer records whether it was loaded offline, which must not shape the output.
     saved = folder / "tokenizer_config.json"
     text = saved.read_text(encoding="utf-8")
     write_text(saved, text.replace('"local_files_only": true', '"local_files_only": false'))
@@ -89,24 +91,26 @@ def licence_of(folder: Path) -> str | None:
 
 
 def describe(source: Source, folder: Path) -> dict[str, Any]:
-    """What a model card says of a source: its text, its pin, its licence (None where the files state none)."""
-    return {"source": source.text, "revision": source.revision, "license": licence_of(folder)}
+    """What source.json records: the source's text, its pin, its repository on the hub (None where it is not there) and
+    its licence (None where the files state none)."""
+    return {
+        "source": source.text,
+        "revision": source.revision,
+        "hub": source.hub_repository,
+        "license": licence_of(folder),
+    }
 
 
 def main() -> None:
-    params = load_params("fetch")
+    params = load_params(FetchParams)
     datasets = parse_sources(params.dataset, params.dataset_revision)
     base_model = parse_source(params.base_model, params.base_model_revision)
     with write_whole(RAW) as raw, write_whole(BASE) as base:
         for number, dataset in enumerate(datasets, 1):
-            dataset.fetch("dataset", raw / str(number))
-        base_model.fetch("model", base)
+            fetch_source(dataset, "dataset", raw / str(number))
+        fetch_source(base_model, "model", base)
         convert_gguf(base)
         check_model(base, base_model)
         write_json(raw / "source.json", [describe(d, raw / str(i)) for i, d in enumerate(datasets, 1)])
         write_json(base / "source.json", describe(base_model, base))
     print(f"fetch: {', '.join(d.text for d in datasets)} -> {RAW}/, {params.base_model} -> {BASE}/")
-
-
-if __name__ == "__main__":
-    run_stage(main, network=True, one_at_a_time=True)

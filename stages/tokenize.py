@@ -10,23 +10,23 @@ Run: `dvc repro tokenize`
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template
 
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
-from stages.common.errors import StageError, run_stage
-from stages.common.models import load_config, load_tokenizer
-from stages.common.params import load_params
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from stages.common.errors import StageError
+from stages.common.masks import answer_spans, supervised_tokens
+from stages.common.model_files import load_config, load_tokenizer
+from stages.common.params import TEMPLATES, load_params
+from stages.common.schema import TokenizeParams
 
 BASE = Path("models/base")
 PREPARED = Path("data/prepared")
 TOKENIZED = Path("data/tokenized")
 TOKENS = Path("reports/tokens.json")
-TEMPLATES = Path("stages/templates")
 
 SPLITS = ("train", "validation")
 COLUMNS = ("messages", "trained", "lang", "message_tree_id")  # what is read of a conversation
@@ -38,15 +38,13 @@ def has_marks(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The Jinja text of a chat template, with its {% generation %} marks.
 
     `name` is a file of stages/templates/ without its ending, or `model` for the tokenizer's own, to which TRL adds the
     marks for the model families it knows. Raises StageError when there is none or it has no marks.
     """
     if name == "model":
-        from trl.chat_template_utils import get_training_chat_template
-
         if tokenizer.chat_template is None:
             raise StageError("chat_template: model: the base model has no chat template; use chatml or phi2.")
         if has_marks(tokenizer.chat_template):
@@ -70,12 +68,12 @@ def load_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return template
 
 
-def set_special_tokens(tokenizer: "PreTrainedTokenizerBase", template: str, vocab_size: int) -> None:
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str, vocab_size: int) -> None:
     """Give `tokenizer` the template, the end token that closes an answer in it, and a padding token.
 
     Padding is another token than the end wherever the vocabulary has one to spare (`vocab_size` is the number of rows
-    of the model's embedding): whoever masks padding by its token would else teach a model never to stop. Here the loss
-    follows the masks alone. Raises StageError when the template ends answers with no single special token.
+    of the model's embedding). Code that masks padding by its token would otherwise teach a model never to stop. Here
+    the loss follows the masks alone. Raises StageError when the template ends answers with no single special token.
     """
     tokenizer.chat_template = template
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -106,7 +104,7 @@ def set_special_tokens(tokenizer: "PreTrainedTokenizerBase", template: str, voca
 
 
 def _apply(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict[str, str]]]
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[list[int], list[int]]]:
     """Ids and assistant mask of each conversation, exactly as the template marks them."""
     encoded = tokenizer.apply_chat_template(list(conversations), return_dict=True, return_assistant_tokens_mask=True)
@@ -114,7 +112,7 @@ def _apply(
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[dict[str, str]]]
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and assistant mask of each conversation: 1 on each answer's tokens up to its end token, 0 elsewhere."""
     encoded = []
@@ -129,16 +127,10 @@ def encode(
     return encoded
 
 
-def answer_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """The (start, end) of each run of ones: the assistant's answers, in order."""
-    edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
 def cut_to_turns(
     ids: list[int], mask: list[int], trained: Sequence[bool], max_length: int
 ) -> tuple[list[int], list[int], int] | None:
-    """A conversation up to the last whole answer within `max_length` tokens.
+    """A conversation up to the last complete answer within `max_length` tokens.
 
     Returns its ids, its mask (zero on the answers that are not to be trained on) and how many answers it lost; None
     when no answer to train on fits.
@@ -156,7 +148,7 @@ def cut_to_turns(
 
 
 def tokenize(
-    conversations: pd.DataFrame, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    conversations: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Conversations (columns messages, trained, lang, message_tree_id) to tokens, and the counts of what was kept.
 
@@ -188,13 +180,13 @@ def count_tokens(frame: pd.DataFrame) -> dict[str, Any]:
     return {
         "conversations": len(frame),
         "tokens": int(frame["length"].sum()),
-        "supervised_tokens": int(sum(sum(mask) for mask in frame["assistant_masks"])),
+        "supervised_tokens": supervised_tokens(frame),
         "length_percentiles": {f"p{round(q * 100)}": int(v) for q, v in percentiles.items()},
     }
 
 
 def main() -> None:
-    params = load_params("tokenize")
+    params = load_params(TokenizeParams)
     config = load_config(BASE)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and params.max_length > longest:
@@ -227,9 +219,5 @@ def main() -> None:
                 f"tokenize: {split}: {counts[split]['conversations']} conversations, {counts[split]['tokens']} tokens"
             )
         tokenizer.save_pretrained(folder / "tokenizer")
-        write_json(folder / "params.json", {**prepared, **vars(params)})
+        write_json(folder / "params.json", {**prepared, **params.model_dump()})
         write_json(report, counts)
-
-
-if __name__ == "__main__":
-    run_stage(main, one_at_a_time=True)

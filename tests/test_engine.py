@@ -16,7 +16,7 @@ from test_export import export_params
 from text_stream import TextStream
 
 from stages.common.artifacts import write_json
-from stages.common.models import load_config, load_tokenizer
+from stages.common.model_files import load_config, load_tokenizer
 from stages.export import build, set_tokenizer
 from stages.merge import plain_template
 from stages.tokenize import load_template, set_special_tokens

@@ -15,7 +15,7 @@ from stages.common import memory
 from stages.common.errors import StageError
 from stages.common.machine import Machine
 from stages.common.memory import GIB, LiveBytes, Shape
-from stages.common.models import linear_layers
+from stages.common.model_files import linear_layers
 from stages.common.params import read_params
 from stages.train import add_adapter, build_trainer, check_machine, check_memory, training_arguments
 

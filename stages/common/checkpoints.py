@@ -1,6 +1,6 @@
 """Checkpoints of a training run: verified before use, bounded in number, written when the run is asked to stop.
 
-They lie in models/checkpoints/FINGERPRINT/checkpoint-STEP/ and are no output of a stage. `stages/train.py` uses them.
+They lie in models/checkpoints/FINGERPRINT/checkpoint-STEP/ and are no output of a stage. trainer.py uses them.
 """
 
 import shutil
@@ -19,9 +19,9 @@ from stages.common.errors import StageError
 
 # Written last: a checkpoint without it was not written to its end.
 SEAL = "seal.json"
-# Seconds in which SIGTERM counts once: schedulers send it to a whole group, whose heads pass it on.
-ECHO = 3.0
-# Runs given up half-way whose checkpoints are kept, for whoever goes back to their parameters.
+# Seconds in which SIGTERM counts once: schedulers signal a process group, and parents forward it.
+REPEAT_SECONDS = 3.0
+# Abandoned runs whose checkpoints are kept: a user may go back to their parameters.
 ABANDONED_RUNS = 2
 
 
@@ -44,16 +44,16 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; newer ones that are not are removed, with a line for each."""
+    """The newest complete checkpoint in `folder`; newer ones that are not are removed, with a line for each."""
     for path in newest_first(folder):
         try:
             recorded = read_json(path / SEAL)["sha256"]
         except (StageError, KeyError, TypeError):
-            print(f"train: passing over {path}: it was not written to its end", flush=True)
+            print(f"train: skipping {path}: it is incomplete", flush=True)
         else:
             if recorded == content_digest(path):
                 return path
-            print(f"train: passing over {path}: it is damaged, its files are not those that were written", flush=True)
+            print(f"train: skipping {path}: it is damaged, its files have changed", flush=True)
         shutil.rmtree(path)
     return None
 
@@ -87,14 +87,14 @@ class StopWhenAsked(TrainerCallback):
         try:
             yield
         finally:
-            if self.asked == "SIGTERM":  # its echo is still to come
+            if self.asked == "SIGTERM":  # a repeat may still come
                 previous[signal.SIGTERM] = signal.SIG_IGN
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            if number == signal.SIGTERM and time.monotonic() - self._since < ECHO:
+            if number == signal.SIGTERM and time.monotonic() - self._since < REPEAT_SECONDS:
                 return
             raise KeyboardInterrupt
         self.asked, self._since = signal.Signals(number).name, time.monotonic()

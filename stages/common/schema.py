@@ -136,9 +136,7 @@ class MergeParams(Section):
     merge_base: Literal["dequantized", "original"] = Field(
         description="Merge into the base as training saw it (dequantized) or as it was fetched (original)."
     )
-    merge_dtype: Dtype = Field(
-        description="Number format of the merged model's weights: float32, bfloat16 or float16."
-    )
+    merge_dtype: Dtype = Field(description="Number format of the merged model's weights: float32, bfloat16 or float16.")
     merge_max_logit_diff: float = Field(
         gt=0, description="Mean absolute difference of logits to the unmerged model above which merge fails."
     )

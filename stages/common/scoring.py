@@ -1,14 +1,32 @@
-"""The held-out loss, in one definition for training's curve and the evaluation: over the supervised tokens only."""
+"""The held-out loss, in one definition for training's curve, evaluation and export: over supervised tokens only."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
+import torch
 
 from stages.common.errors import StageError
+from stages.common.masks import UNSUPERVISED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def loss_of(scores: pd.DataFrame) -> float:
+    """Mean negative log-likelihood of all scored tokens, in nats a token; `scores` as `score` returns them."""
+    return float(scores["nll"].sum() / scores["tokens"].sum())
+
+
+def perplexity_of(scores: pd.DataFrame) -> float:
+    """The exponential of the loss."""
+    return float(np.exp(loss_of(scores)))
+
+
+def accuracy_of(scores: pd.DataFrame) -> float:
+    """The share of scored tokens that the model finds most likely."""
+    return float(scores["correct"].sum() / scores["tokens"].sum())
 
 
 def score(
@@ -21,11 +39,9 @@ def score(
     """Score each conversation of `rows` (columns input_ids, assistant_masks, length), in the order of `rows`.
 
     Returns columns nll (sum of negative log-likelihoods of the supervised tokens, in nats), tokens (their number) and
-    correct (how many are the model's most likely token). Batches are of like lengths; `on_batch` hears their sizes.
+    correct (how many are the model's most likely token). Batches are of like lengths; `on_batch` gets their sizes.
     Raises StageError when a loss is not finite.
     """
-    import torch
-
     order = rows["length"].argsort(kind="stable").to_list()
     results: dict[int, tuple[float, int, int]] = {}
     was_training = model.training
@@ -35,20 +51,21 @@ def score(
             batch = order[start : start + batch_size]
             ids, attention, labels = _pad(rows.iloc[batch], pad_token_id, model.device)
             # Only positions before a supervised token in some conversation need logits.
-            positions = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
+            positions = (labels[:, 1:] != UNSUPERVISED).any(dim=0).nonzero().squeeze(1)
             with torch.no_grad():
                 logits = model(
                     input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=positions
                 ).logits.float()
             targets = labels[:, 1:][:, positions]
             nll = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
+                logits.transpose(1, 2), targets, ignore_index=UNSUPERVISED, reduction="none"
             ).double()
-            correct = (logits.argmax(dim=-1) == targets) & (targets != -100)
+            correct = (logits.argmax(dim=-1) == targets) & (targets != UNSUPERVISED)
             if not torch.isfinite(nll).all():
                 raise StageError("the model's loss is not finite in this number format. Use bfloat16 or float32.")
             for i, index in enumerate(batch):
-                results[index] = (nll[i].sum().item(), int((targets[i] != -100).sum()), int(correct[i].sum()))
+                supervised = int((targets[i] != UNSUPERVISED).sum())
+                results[index] = (nll[i].sum().item(), supervised, int(correct[i].sum()))
             on_batch(len(batch))
     finally:
         model.train(was_training)
@@ -56,15 +73,13 @@ def score(
 
 
 def _pad(rows: pd.DataFrame, pad_token_id: int, device: object) -> tuple:
-    """Right-padded ids, attention mask and labels (-100 where unsupervised), each of shape (conversations, longest)."""
-    import torch
-
+    """Right-padded ids, attention mask and labels, each of shape (conversations, longest)."""
     ids = [torch.as_tensor(list(x)) for x in rows["input_ids"]]
     masks = [torch.as_tensor(list(x)).bool() for x in rows["assistant_masks"]]
-    labels = [x.masked_fill(~mask, -100) for x, mask in zip(ids, masks, strict=True)]
+    labels = [x.masked_fill(~mask, UNSUPERVISED) for x, mask in zip(ids, masks, strict=True)]
     pad = torch.nn.utils.rnn.pad_sequence
     return (
         pad(ids, batch_first=True, padding_value=pad_token_id).to(device),
         pad([torch.ones_like(x) for x in ids], batch_first=True).to(device),
-        pad(labels, batch_first=True, padding_value=-100).to(device),
+        pad(labels, batch_first=True, padding_value=UNSUPERVISED).to(device),
     )

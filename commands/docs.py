@@ -1,0 +1,186 @@
+"""Write what is generated from the parameters' descriptions: the comments of params.yaml and of all recipes, and
+docs/parameters.md. Run: `make docs`; with `--check` it writes nothing, and fails when one of them is stale.
+
+Values, a recipe's first lines and the reasons behind "Reference: …;" are the author's, and stay. DVC rewrites params.yaml
+at `dvc exp run -S …`, and drops every comment that follows a list; so a comment stands above its key, but behind the
+key where a list may come before it.
+"""
+
+import io
+import re
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from ruamel.yaml import YAML
+
+from stages.common.artifacts import write_text
+from stages.common.errors import StageError
+from stages.common.params import PARAMS, read_params, read_values
+from stages.common.schema import SECTIONS, Params
+
+RECIPES = Path("recipes")
+REFERENCE = "phi2-oasst1"
+PAGE = Path("docs/parameters.md")
+WIDTH = 100
+MAX_CELL = 40
+NOTE = re.compile(r"Reference: [^;]*; (?P<reason>.*)")
+INTRODUCTION = """# Parameters
+
+All of params.yaml, in the order of the stages. A stage reruns only when a key of its own changes. `make docs` makes this
+page from the descriptions in `stages/common/schema.py`; recipes/ holds the complete files.
+"""
+
+
+def yaml() -> YAML:
+    """The writer that DVC uses for params.yaml."""
+    writer = YAML()
+    writer.default_flow_style = False
+    return writer
+
+
+def sections() -> dict[str, list[str]]:
+    """The keys that each stage is the first to read, by stage."""
+    seen: set[str] = set()
+    result = {}
+    for stage, section in SECTIONS.items():
+        result[stage] = [key for key in section.model_fields if key not in seen]
+        seen |= set(result[stage])
+    return result
+
+
+def may_be_a_list(key: str) -> bool:
+    def listed(kind: Any) -> bool:
+        return get_origin(kind) is list or any(listed(part) for part in get_args(kind))
+
+    kind = Params.model_fields[key].annotation
+    return listed(kind) if get_origin(kind) in (list, types.UnionType) else False
+
+
+def reasons(text: str) -> dict[str, str]:
+    """Why a recipe's values differ from the reference: what stands behind "Reference: …;" in each key's comment."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for line in text.splitlines():
+        code, _, comment = line.partition("# ")
+        if not line:  # before a stage
+            above = []
+        elif not code.strip():
+            above.append(comment.strip())
+        elif key := re.match(r"(\w+):", code):
+            if note := NOTE.search(" ".join([*above, comment.strip()])):
+                found[key[1]] = note["reason"]
+            above = []
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value in a cell or a note: short, and on one line."""
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value) or "[]"
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value) or '""'
+
+
+def cut(text: str, width: int = MAX_CELL) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def comment_of(key: str, value: Any, reference: dict[str, Any], reason: str | None) -> list[str]:
+    """A key's description, and a note of the reference recipe's value where this one differs."""
+    words = [str(Params.model_fields[key].description)]
+    if value != reference[key]:
+        words.append(f"Reference: {cut(shown(reference[key]), 60)}; {reason or 'why?'}")
+    return words
+
+
+def annotated(text: str, reference: dict[str, Any]) -> str:
+    """A parameter file with the same values, and its comments made anew."""
+    values = YAML(typ="safe").load(text)
+    why = reasons(text)
+    lines = [line for line in text.splitlines() if line.startswith("#")]
+    header = lines[: next((i for i, line in enumerate(lines) if line.startswith("# fetch -")), len(lines))]
+    after_a_list = False
+    for stage, keys in sections().items():
+        header += ["", f"# {stage} ".ljust(WIDTH - 1, "-")]
+        for key in keys:
+            out = io.StringIO()
+            yaml().dump({key: values[key]}, out)
+            written = out.getvalue().rstrip("\n").split("\n")
+            words = comment_of(key, values[key], reference, why.get(key))
+            if after_a_list:
+                # Behind the key, or, of a text that does not fit beside it, behind the text.
+                at = 1 if written[0].endswith(": ") else 0
+                written[at] = f"{written[at].rstrip()} # {' '.join(words)}"
+            else:
+                for text in words:
+                    header += textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
+            header += written
+            after_a_list = may_be_a_list(key)
+    out = io.StringIO()
+    yaml().dump(yaml().load("\n".join(header) + "\n"), out)  # as DVC would write it
+    return out.getvalue()
+
+
+def allowed(key: str) -> str:
+    """The values that a key may have, for the table."""
+
+    def of(schema: dict[str, Any]) -> str:
+        if "anyOf" in schema:
+            options = [of(option) for option in schema["anyOf"]]
+            return " or ".join(dict.fromkeys(part for option in options for part in option.split(" or ")))
+        if "enum" in schema:
+            return ", ".join(str(value) for value in schema["enum"])
+        if schema.get("type") == "array":
+            return f"list of {of(schema['items'])}"
+        bounds = [
+            f"{sign} {schema[name]}"
+            for name, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
+            if name in schema
+        ]
+        kind = {"boolean": "true, false", "string": "text", "number": "number", "integer": "whole number"}
+        return " ".join([kind.get(schema["type"], schema["type"]), ", ".join(bounds)]).strip()
+
+    return of(Params.model_json_schema()["properties"][key])
+
+
+def page(recipes: dict[str, dict[str, Any]]) -> str:
+    """docs/parameters.md: a table a stage, with each recipe's values."""
+    parts = [INTRODUCTION]
+    for stage, keys in sections().items():
+        rows = [f"## {stage}", "", f"| parameter | meaning | allowed | {' | '.join(recipes)} |"]
+        rows.append("| --- " * (3 + len(recipes)) + "|")
+        for key in keys:
+            cells = [cut(shown(values[key])).replace("|", "\\|") for values in recipes.values()]
+            rows.append(f"| {key} | {Params.model_fields[key].description} | {allowed(key)} | {' | '.join(cells)} |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def generated() -> dict[Path, str]:
+    """Each generated file and what it should hold."""
+    files = [path for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("previous")]
+    reference = read_values(RECIPES / f"{REFERENCE}.yaml")
+    recipes = {path.stem: read_params(path).model_dump() for path in files}
+    read_params()  # its values are the user's
+    texts = {path: annotated(path.read_text(encoding="utf-8"), reference) for path in [*files, PARAMS]}
+    return {**texts, PAGE: page(recipes)}
+
+
+def main() -> None:
+    stale = [
+        (path, text)
+        for path, text in generated().items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv:
+        if stale:
+            raise StageError(f"stale: {', '.join(str(path) for path, _ in stale)}. Run `make docs`.")
+        return
+    for path, text in stale:
+        write_text(path, text)
+        print(f"docs: {path}")
+    print(f"docs: {len(stale)} files changed")

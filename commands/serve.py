@@ -1,0 +1,12 @@
+"""Serve the chat app in this process: `make serve PORT=7860`. Other options are those of space/app.py."""
+
+import os
+import sys
+
+from commands.commit import project_commit
+
+
+def main() -> None:
+    # The app replaces this process: whoever stops it, stops the app.
+    app = [sys.executable, "space/app.py", "--models", "models/onnx", "--commit", project_commit(), *sys.argv[1:]]
+    os.execv(sys.executable, app)

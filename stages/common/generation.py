@@ -1,0 +1,43 @@
+"""Greedy answers of a transformers model: the same settings wherever answers are compared."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def greedy_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[list[int]]:
+    """The token ids of the greedy answer to each prompt, with its end token where it ends within `max_new_tokens`."""
+    # All models decode alike: what a base model brings (a repetition penalty, say) would blur a comparison.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = len(prompts[batch[-1]])
+        padding = [longest - len(prompts[i]) for i in batch]
+        ids = [[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, batch, strict=True)]
+        attention = [[0] * n + [1] * (longest - n) for n in padding]
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(attention, device=model.device),
+            )
+        for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            ended = tokenizer.eos_token_id in row
+            answers[i] = row[: row.index(tokenizer.eos_token_id) + 1] if ended else row
+    return [answers[i] for i in range(len(prompts))]

@@ -1,0 +1,29 @@
+"""Which tokens of a conversation are supervised: the mask that tokenize writes, and what other stages read from it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+UNSUPERVISED = -100  # the label that PyTorch's cross entropy ignores
+
+
+def labels_of(ids: Iterable[int], mask: Iterable[int]) -> list[int]:
+    """The label of each token: its own id where it is supervised, UNSUPERVISED elsewhere."""
+    return [token if supervised else UNSUPERVISED for token, supervised in zip(ids, mask, strict=True)]
+
+
+def question_of(row: Any) -> list[int]:
+    """The token ids of a conversation (a row with input_ids, assistant_masks) up to where its first answer begins."""
+    return list(row.input_ids[: list(row.assistant_masks).index(1)])
+
+
+def supervised_tokens(rows: pd.DataFrame) -> int:
+    """How many tokens of all conversations are supervised."""
+    return int(sum(sum(mask) for mask in rows["assistant_masks"]))
+
+
+def answer_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """The (start, end) of each run of ones: the assistant's answers, in order."""
+    edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]
+    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -1,0 +1,23 @@
+"""What dvc.yaml says of the stages: their names in order, their outputs, the code that each depends on."""
+
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+DVC_YAML = Path("dvc.yaml")
+
+
+def read_pipeline(folder: Path = Path()) -> dict[str, dict[str, Any]]:
+    """The stages of a folder's dvc.yaml by name, in the order of the file."""
+    return dict(YAML(typ="safe").load((folder / DVC_YAML).read_text(encoding="utf-8"))["stages"])
+
+
+def code_of(stage: str) -> list[Path]:
+    """The source files and folders that a stage depends on."""
+    return [Path(dep) for dep in read_pipeline()[stage]["deps"] if dep.startswith("stages/")]
+
+
+def paths_of(entries: list[Any]) -> list[str]:
+    """The paths of a stage's outs, metrics or plots, with or without options of their own."""
+    return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]

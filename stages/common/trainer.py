@@ -1,0 +1,188 @@
+"""TRL's SFTTrainer over tokenised conversations: its arguments, a sealed checkpoint at each save, one held-out loss."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from stages.common.checkpoints import RestoreLossSum, StopWhenAsked, last_checkpoint, remove_older, seal
+from stages.common.errors import DISK_FULL, StageError, is_disk_full
+from stages.common.masks import labels_of
+from stages.common.schema import TrainParams
+from stages.common.scoring import loss_of, score
+
+
+def training_arguments(params: TrainParams, output_dir: Path) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=params.per_device_train_batch_size,
+        per_device_eval_batch_size=params.per_device_eval_batch_size,
+        gradient_accumulation_steps=params.gradient_accumulation_steps,
+        max_steps=params.max_steps,
+        optim=params.optim,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type=params.lr_scheduler_type,
+        warmup_steps=params.warmup_ratio,  # below 1 it is a share of max_steps
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        fp16=params.fp16,
+        bf16=params.bf16,
+        gradient_checkpointing=params.gradient_checkpointing,
+        train_sampling_strategy=params.train_sampling_strategy,
+        logging_steps=params.logging_steps,
+        save_steps=params.save_steps,
+        save_total_limit=params.save_total_limit,
+        eval_strategy="steps",
+        eval_steps=params.eval_steps,
+        eval_on_start=True,
+        seed=params.seed,
+        use_cpu=not torch.cuda.is_available(),
+        # The tokenize stage has cut the conversations and built the masks: nothing is left to prepare.
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+    )
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer that seals its checkpoints, and whose held-out loss is that of `scoring.score` on `held_out`."""
+
+    def __init__(self, *args: Any, held_out: pd.DataFrame, **kwargs: Any) -> None:
+        self.held_out = held_out
+        super().__init__(*args, **kwargs)
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """None beside the checkpoints: merge writes a true one."""
+
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        # The trainer would remove the older ones before the new one is sealed: a kill in between would lose all.
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            seal(folder, self._tr_loss.item(), self._globalstep_last_logged)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if is_disk_full(error):
+                raise StageError(f"{folder}: {DISK_FULL}") from error
+            raise
+        finally:
+            self.args.save_total_limit = keep
+        remove_older(folder.parent, keep)
+
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        # Evaluating must not change the training after it: whatever it draws, the random state is put back.
+        # It computes in the training's precision, since accelerate has wrapped the model's forward by now.
+        hidden = not self.is_world_process_zero()
+        batch_size, padding = self.args.per_device_eval_batch_size, self.processing_class.pad_token_id
+        bar = tqdm(total=len(self.held_out), desc="held-out loss", unit="conv", leave=False, disable=hidden)
+        with torch.random.fork_rng(), bar:
+            scores = score(self.model, self.held_out, batch_size, padding, bar.update)
+        metrics = {"eval_loss": loss_of(scores)}
+        self.model.eval()  # SFTTrainer.log sorts its metrics by the model's mode
+        self.log(metrics)
+        self.model.train()
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Progress(ProgressCallback):
+    """The trainer's bar with the last losses beside the time left, instead of a line for each log."""
+
+    shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for key, name in (("loss", "loss"), ("eval_loss", "held-out")):
+            if logs and key in logs:
+                self.shown[name] = f"{float(logs[key]):.3f}"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)
+
+
+def build_trainer(
+    model: PeftModel,
+    args: SFTConfig,
+    train: pd.DataFrame,
+    validation: pd.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Trainer:
+    """The trainer of a model with its adapter over tokenised conversations, with TRL's collator."""
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=to_dataset(train),
+        eval_dataset=to_dataset(validation),
+        processing_class=tokenizer,
+        held_out=validation,
+    )
+    # SFTTrainer casts the adapter of a 4-bit model to bfloat16. Under float16 its scaler would then fail, and small
+    # late updates would be rounded away: the trained weights stay float32 in every precision.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+    return trainer
+
+
+def to_dataset(rows: pd.DataFrame) -> Dataset:
+    """Tokenised conversations as the Dataset TRL's collator takes: input_ids, labels, length."""
+    pairs = zip(rows["input_ids"], rows["assistant_masks"], strict=True)
+    labels = [labels_of(ids, mask) for ids, mask in pairs]
+    return Dataset.from_dict({"input_ids": list(rows["input_ids"]), "labels": labels, "length": list(rows["length"])})
+
+
+def loss_curves(log_history: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    """The trainer's log as a table a split: step, loss (nats a supervised token) and, in train, learning rate."""
+    train = [(e["step"], round(e["loss"], 6), e["learning_rate"]) for e in log_history if "loss" in e]
+    held_out = [(e["step"], round(e["eval_loss"], 6)) for e in log_history if "eval_loss" in e]
+    return {
+        "train": pd.DataFrame(train, columns=["step", "loss", "learning_rate"]),
+        "validation": pd.DataFrame(held_out, columns=["step", "loss"]),
+    }
+
+
+def resume(trainer: Trainer, checkpoint: Path) -> None:
+    """Train on from a checkpoint; if its training had reached the end, only load its weights."""
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            return
+        trainer.args.eval_on_start = False  # the checkpoint's log has that
+        trainer.add_callback(RestoreLossSum(trainer, checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    except Exception as error:  # torch raises pickle's own, and pickle is imported nowhere here
+        if "Weights only load failed" not in str(error):
+            raise
+        raise StageError(
+            f"{checkpoint} holds no training state, and was not loaded. Delete it and run `dvc repro`."
+        ) from None
+
+
+def train_to_the_end(trainer: Trainer, checkpoints: Path) -> None:
+    """Train, from the last checkpoint if there is one. Raises StageError when a signal asked for an earlier end."""
+    stop = StopWhenAsked()
+    trainer.add_callback(stop)
+    with stop.listening():
+        last = last_checkpoint(checkpoints)
+        if last is None:
+            trainer.train()
+        else:
+            print(f"train: going on from {last}", flush=True)
+            resume(trainer, last)
+    done, wanted = trainer.state.global_step, trainer.args.max_steps
+    if stop.asked and done < wanted:
+        raise StageError(
+            f"stopped by {stop.asked} after step {done} of {wanted}, which is saved. `dvc repro` goes on from there."
+        )
