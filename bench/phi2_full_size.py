@@ -26,7 +26,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from bench.chat_server import chat_server, idle, wait_until
-from stages import plan
+from commands import plan
 from stages.common.artifacts import read_json, write_json
 from stages.common.memory import GIB
 from stages.common.params import read_params

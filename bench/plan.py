@@ -11,7 +11,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from bench.phi2_full_size import ROOT, check, measured
-from stages import plan
+from commands import plan
 from stages.common.artifacts import read_json, read_parquet
 from stages.common.memory import GIB
 from stages.common.params import read_params

@@ -1,0 +1,125 @@
+"""`make verify` names the first output that differs, and tells another machine from another run."""
+
+import json
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+from commands.verify import first_difference, read_lock, recorded_run, verdict
+from stages.common.errors import StageError
+
+
+def made(folder, *, data="d", weights="w", loss=2.0, steps=(1, 2), seed=42, tuned=None):
+    """A folder as a finished run leaves it: dvc.lock, one data file, one model, a curve and the figures."""
+    from hashlib import md5
+
+    for name, text in (
+        ("data/raw/rows.jsonl", data),
+        ("models/adapter/a.bin", "same"),
+        ("models/adapter/w.bin", weights),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "reports/loss").mkdir(parents=True)
+    for split in ("train", "validation"):
+        curve = pd.DataFrame({"step": steps, "loss": [loss + 1, loss]})
+        curve.to_csv(folder / f"reports/loss/{split}.csv", index=False)
+    figures = {"base": {"loss": 3.0}, "tuned": {"loss": loss if tuned is None else tuned}}
+    (folder / "reports/metrics.json").write_text(json.dumps(figures))
+
+    def digest(text: str) -> str:
+        return md5(text.encode()).hexdigest()
+
+    stages = {
+        # dvc.lock need not hold the stages in their order.
+        "train": {
+            "deps": [{"path": "data/raw", "md5": digest(data)}, {"path": "stages/train.py", "md5": "c"}],
+            "params": {"params.yaml": {"seed": seed}},
+            "outs": [{"path": "models/adapter", "md5": digest(weights)}],
+        },
+        "fetch": {"outs": [{"path": "data/raw", "md5": digest(data)}]},
+    }
+    YAML().dump({"schema": "2.0", "stages": stages}, folder / "dvc.lock")
+    YAML().dump({"stages": {"fetch": {}, "train": {}}}, folder / "dvc.yaml")
+    return folder
+
+
+def test_the_first_output_that_differs_is_named_with_its_file(tmp_path):
+    one = made(tmp_path / "one")
+    assert first_difference(one, made(tmp_path / "same")) is None
+    assert first_difference(one, made(tmp_path / "weights", weights="other")) == "models/adapter/w.bin"
+    assert first_difference(one, made(tmp_path / "both", data="other", weights="other")) == "data/raw/rows.jsonl"
+
+
+def test_another_machine_is_told_from_another_run(tmp_path):
+    one = made(tmp_path / "one")
+    assert "has the same bits" in verdict(one, made(tmp_path / "same"))
+    near = verdict(one, made(tmp_path / "near", weights="other", loss=2.0005))
+    assert "as runs on another kind of machine have" in near and "largest difference 0.000500" in near
+    with pytest.raises(
+        StageError, match="differs by 0.0020 nats a token .* first output that differs is models/adapter"
+    ):
+        verdict(one, made(tmp_path / "far", weights="other", loss=2.002))
+    with pytest.raises(StageError, match="differs by 0.0020 nats"):  # the curves are the same
+        verdict(one, made(tmp_path / "figures", weights="other", tuned=2.002))
+    with pytest.raises(StageError, match="differs by 0.0020 nats"):  # the final figures are the same
+        verdict(one, made(tmp_path / "curve", weights="other", loss=2.002, tuned=2.0))
+    with pytest.raises(StageError, match="differs by inf"):
+        verdict(one, made(tmp_path / "steps", weights="other", steps=(1, 3)))
+    with pytest.raises(StageError, match="data/raw differs .* before training nothing depends on the machine"):
+        verdict(one, made(tmp_path / "data", data="other", weights="other"))
+    bare = made(tmp_path / "bare", weights="other")
+    shutil.rmtree(bare / "reports")
+    with pytest.raises(StageError, match="no losses to compare with"):
+        verdict(bare, one)
+    assert "with other parameters" in verdict(one, made(tmp_path / "params", weights="other", loss=9, seed=7))
+    (tmp_path / "one/dvc.lock").unlink()
+    assert "no recorded run" in verdict(one, made(tmp_path / "again"))
+
+
+def test_what_counts_is_what_git_has_recorded(tmp_path):
+    """Not what was run since: on another machine that would be its own word."""
+    project = made(tmp_path / "project")
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "recorded"]):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *command], cwd=project, check=True)
+    shutil.rmtree(project / "reports")
+    made(project, weights="other", loss=9)
+    recorded = recorded_run(project, tmp_path / "recorded")
+    assert "has the same bits" in verdict(recorded, made(tmp_path / "found"))
+    with pytest.raises(StageError, match="more than 0.001"):
+        verdict(recorded, project)
+    (project / "dvc.lock").write_text("stages: [")
+    with pytest.raises(StageError, match="dvc.lock is damaged"):
+        read_lock(project)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_two_runs_from_nothing_give_the_same_bits(tiny_project):
+    tiny_project.run("dvc", "repro")
+    tiny_project.commit("recorded")
+    before = (tiny_project.folder / "dvc.lock").read_bytes()
+    said = tiny_project.run("commands.verify").stdout
+    assert "two runs from nothing gave the same" in said and "outputs, bit for bit" in said
+    assert "The run in dvc.lock has the same bits, too" in said
+    assert (tiny_project.folder / "dvc.lock").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_stage_that_is_not_repeatable_is_found(tiny_project):
+    stage = tiny_project.folder / "stages/prepare.py"
+    code = stage.read_text(encoding="utf-8")
+    changed = code.replace(
+        'write_json(folder / "params.json", vars(params))', 'write_json(folder / "params.json", id(params))'
+    )
+    assert changed != code
+    stage.write_text(changed.replace("id(params)", "str(folder.resolve())"), encoding="utf-8")
+    result = tiny_project.run("commands.verify", "prepare", check=False)
+    assert result.returncode == 1
+    assert "error: data/prepared/params.json differs between two runs from nothing" in result.stderr

@@ -1,0 +1,267 @@
+"""params.yaml: the schema, its messages, and that DVC's picture of who reads what is true."""
+
+import ast
+import re
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.common.errors import StageError
+from stages.common.params import Params, declared_keys, read_params
+from tests.support.project import RECIPE, ROOT, ships
+
+STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate", "export"]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+DVC_YAML = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+
+
+def edited(tmp_path, *lines: str):
+    """A copy of the shipped params.yaml with lines put at its end (YAML refuses a key twice, so drop the old one)."""
+    text = RECIPE.read_text(encoding="utf-8")
+    for line in lines:
+        key = line.split(":")[0]
+        text = re.sub(rf"^{key}:.*\n(- .*\n)*", "", text, flags=re.MULTILINE)
+    path = tmp_path / "params.yaml"
+    path.write_text(text + "".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@ships
+def test_shipped_parameters_are_the_embedded_recipe():
+    assert (ROOT / "params.yaml").read_bytes() == RECIPE.read_bytes()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_comments_every_key(recipe):
+    read_params(recipe)
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    keys = [(i, line.split(":")[0]) for i, line in enumerate(lines) if re.match(r"\w+:", line)]
+    assert [key for _, key in keys] == list(Params.model_fields)  # all there, in the order of the stages
+    for i, key in keys:
+        assert lines[i - 1].startswith("# "), f"{recipe.name}: no comment above {key}"
+
+
+def test_reference_recipe_has_the_reference_values():
+    params = read_params(ROOT / "recipes/phi2-oasst1.yaml").model_dump()
+    expected = {
+        "base_model": "microsoft/phi-2",
+        "base_model_revision": "ef382358ec9e382308935a992d908de099b64c23",
+        "dataset": "OpenAssistant/oasst1",
+        "dataset_revision": "fdf72ae0827c1cda404aff25b6603abec9e3399b",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "optim": "paged_adamw_32bit",
+        "save_steps": 10,
+        "logging_steps": 10,
+        "learning_rate": 2e-4,
+        "max_grad_norm": 0.3,
+        "max_steps": 500,
+        "warmup_ratio": 0.03,
+        "lr_scheduler_type": "cosine",
+        "fp16": True,
+        "bf16": False,
+        "gradient_checkpointing": True,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "dense"],
+    }
+    assert {key: params[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("text", ["1e-05", "1e-5", "1.0E-5", "0.00001"])
+def test_numbers_in_scientific_notation_are_numbers(tmp_path, text):
+    assert read_params(edited(tmp_path, f"learning_rate: {text}")).learning_rate == 0.00001
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("dataset: 5", "dataset: 5: must be a valid string or must be a valid list"),
+        ("dataset: [a/b, c/d]", "dataset_revision: None: 2 sources need as many values of the revision, not 1"),
+        ("dataset_weights: [1.0, 2.0]", "dataset_weights: 2 for 1 data sets: give one for each, or null"),
+        ("dataset_weights: [0.0]", "dataset_weights.0: 0.0: must be greater than 0"),
+    ],
+)
+def test_lists_of_data_sets_are_checked(tmp_path, line, said):
+    with pytest.raises(StageError) as error:
+        read_params(edited(tmp_path, line))
+    assert said in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        (["fp16: true", "bf16: true"], "fp16, bf16: both true"),
+        (["min_turns: 3", "max_turns: 2"], "max_turns: 2: must be at least min_turns, 3"),
+        (["load_in_4bit: false", "merge_base: dequantized"], "merge_base: 'dequantized': needs load_in_4bit"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(tmp_path, lines, said):
+    with pytest.raises(StageError, match=re.escape(said)):
+        read_params(edited(tmp_path, *lines))
+
+
+def test_all_problems_are_reported_at_once_one_line_each(tmp_path):
+    with pytest.raises(StageError) as error:
+        read_params(edited(tmp_path, "learning_rate: -1", "lora_r: 0", "colour: blue", "fp16: true", "bf16: true"))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    assert all(any(key in line for line in lines) for key in ("learning_rate", "lora_r", "colour", "bf16"))
+
+
+def test_a_missing_key_and_broken_yaml_are_named(tmp_path):
+    path = tmp_path / "params.yaml"
+    text = RECIPE.read_text(encoding="utf-8")
+    path.write_text(text.replace("lora_r: 16\n", ""), encoding="utf-8")
+    with pytest.raises(StageError, match="lora_r: is missing"):
+        read_params(path)
+    path.write_text(text + "lora_r: 8\n", encoding="utf-8")
+    with pytest.raises(StageError, match="duplicate key"):
+        read_params(path)
+    path.write_text("seed: [1\n", encoding="utf-8")
+    with pytest.raises(StageError, match="line .* is not valid YAML"):
+        read_params(path)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_reads_just_the_keys_it_declares(stage):
+    tree = ast.parse((ROOT / f"stages/{stage}.py").read_text(encoding="utf-8"))
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "params"
+    }
+    assert read == set(DVC_YAML["stages"][stage]["params"])
+
+
+def test_load_params_shows_a_stage_no_other_key(monkeypatch):
+    from stages.common.params import load_params
+
+    monkeypatch.chdir(ROOT)
+    assert list(vars(load_params("merge"))) == declared_keys("merge")
+    with pytest.raises(AttributeError):
+        _ = load_params("merge").learning_rate
+
+
+def test_every_key_belongs_to_a_stage_and_dvc_yaml_keeps_one_order():
+    declared = [key for stage in STAGES for key in DVC_YAML["stages"][stage]["params"]]
+    assert set(declared) == set(Params.model_fields)
+    order = ["cmd", "deps", "params", "outs", "metrics", "plots"]
+    for stage in DVC_YAML["stages"].values():
+        assert list(stage) == [key for key in order if key in stage]
+
+
+# What a change of each key must rerun, said again here by hand: its first stages; those after them follow.
+ANOTHER = {
+    "fetch": {
+        "base_model": "file:data/local/other",
+        "base_model_revision": "sha256:" + "0" * 64,
+        "dataset": "file:data/local/other.jsonl",
+        "dataset_revision": "sha256:" + "0" * 64,
+    },
+    "prepare": {
+        "dataset_weights": [0.5],
+        "max_bad_rows": 0.5,
+        "threads": "all",
+        "tree_states": [],
+        "languages": ["de"],
+        "min_quality": 0.5,
+        "max_toxicity": 0.5,
+        "allow_synthetic": False,
+        "require_review": False,
+        "min_turns": 2,
+        "max_turns": 3,
+        "max_similarity": 0.8,
+        "validation_fraction": 0.2,
+        "split_seed": 7,
+    },
+    "prepare evaluate": {"system_prompt": "Be brief."},
+    "tokenize": {"chat_template": "model", "max_length": 64},
+    "train": {
+        "load_in_4bit": False,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "attn_implementation": "eager",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj"],
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 5,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.5,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "fp16": True,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "train_sampling_strategy": "random",
+        "logging_steps": 2,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "eval_steps": 1,
+    },
+    "train evaluate": {"per_device_eval_batch_size": 2, "seed": 7},
+    "merge": {"merge_base": "dequantized", "merge_dtype": "bfloat16", "merge_max_logit_diff": 1.0},
+    "evaluate": {
+        "eval_dtype": "bfloat16",
+        "bootstrap_samples": 300,
+        "sample_prompts": ["Hello?"],
+        "stop_prompts": 1,
+        "max_new_tokens": 4,
+    },
+    "export": {
+        "export_precision": "fp32",
+        "export_method": "k_quant",
+        "export_block_size": 64,
+        "export_symmetric": True,
+        "export_accuracy_level": 1,
+        "export_int8_layers": [],
+        "export_max_perplexity_increase": 0.5,
+        "export_base": False,
+    },
+}
+
+
+@pytest.fixture
+def committed_project(tiny_project):
+    """A project that DVC believes to be up to date: every output is there, and recorded in dvc.lock."""
+    folder = tiny_project.folder
+    for stage in DVC_YAML["stages"].values():
+        for out in stage.get("outs", []) + stage.get("metrics", []) + stage.get("plots", []):
+            path = folder / (next(iter(out)) if isinstance(out, dict) else out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix:
+                path.write_text("{}\n")
+            else:
+                path.mkdir()
+                for name in ("source.json", "training.json"):  # what stages depend on inside another's output
+                    (path / name).write_text(f"{path.name}\n")
+    tiny_project.run("dvc", "commit", "--force", "--quiet")
+    assert tiny_project.run("dvc", "status", "--json").stdout.strip() == "{}"
+    return tiny_project
+
+
+@pytest.mark.slow
+def test_each_key_reruns_its_stages_and_no_others(committed_project, monkeypatch):
+    from dvc.repo import Repo
+
+    assert sorted(k for keys in ANOTHER.values() for k in keys) == sorted(Params.model_fields)
+    monkeypatch.chdir(committed_project.folder)
+    path = committed_project.folder / "params.yaml"
+    before = path.read_bytes()
+    for stages, keys in ANOTHER.items():
+        for key, value in keys.items():
+            committed_project.set(**{key: value})
+            assert sorted(Repo().status()) == sorted(stages.split()), key
+            path.write_bytes(before)
+    # A comment and a docstring are no change.
+    path.write_bytes(b"# another comment\n" + before)
+    code = committed_project.folder / "stages/common/params.py"
+    code.write_text(code.read_text(encoding="utf-8").replace('"""', '"""Another word. ', 1), encoding="utf-8")
+    assert Repo().status() == {}

@@ -1,0 +1,393 @@
+"""What happens to a run: kills, signals, a full disk, a second run beside it. Nothing is lost or mended by hand."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_bad_input import OUTPUTS
+
+from stages.common.artifacts import digest_files
+from tests.whole.kills import locked_outputs, run_with_kills
+
+pytestmark = pytest.mark.slow
+STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate", "export"]
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def stages_run(said: str) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", said)
+
+
+# Kills -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(1800)
+def test_a_few_kills_change_nothing(tiny_project):
+    where, compared, mended = run_with_kills(tiny_project, 3, 5)
+    assert mended <= 1  # only where the kill hits DVC as it writes its own files
+    assert where.total() == 3 and compared >= 1 and where["dvc"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_fifty_kills_change_nothing(tiny_project):
+    where, compared, mended = run_with_kills(tiny_project, 50, 1)
+    assert mended <= 5
+    assert where.total() == 50 and compared >= 7 and set(where) == set(STAGES), where
+
+
+def test_what_a_kill_leaves_of_dvcs_own_files_is_mended(tiny_project):
+    folder = tiny_project.folder
+    tiny_project.run("dvc", "repro", "fetch")
+    whole = locked_outputs(folder)
+    text = (folder / "dvc.lock").read_text()
+    for damaged in (text[: text.index("hash: md5") + 4], text[: text.index("\n    - path")]):
+        (folder / "dvc.lock").write_text(damaged)
+        (folder / ".dvc/tmp/rwlock").write_text('{"read": {"')
+        again = tiny_project.run("commands.repro", "fetch").stdout
+        assert "rwlock was not written to its end" in again
+        assert "dvc.lock was not written to its end" in again
+        assert stages_run(again) == [] and locked_outputs(folder) == whole  # DVC's cache of runs has it all
+    (folder / "dvc.lock").write_text("<<<<<<< HEAD\na: 1\n=======\n")
+    refused = tiny_project.run("commands.repro", check=False)
+    assert refused.returncode == 1 and "error: dvc.lock holds a merge conflict" in refused.stderr
+
+
+def test_the_locks_of_killed_processes_that_nobody_collected_are_no_bar(tiny_project):
+    tiny_project.run("commands.repro", "fetch")
+    made = str(tiny_project.folder / "models/base")
+    zombie = subprocess.Popen(["true"])
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    rwlock = tiny_project.folder / ".dvc/tmp/rwlock"
+    held = {"read": {}, "write": {made: {"pid": zombie.pid, "cmd": "dvc repro"}}}
+    rwlock.write_text(json.dumps(held))
+    refused = tiny_project.run("dvc", "repro", "--force", "fetch", check=False)
+    assert "is busy, it is being blocked by" in refused.stderr  # as DVC alone would have it
+    rwlock.write_text(json.dumps(held))
+    assert stages_run(tiny_project.run("commands.repro", "--force", "fetch").stdout) == ["fetch"]
+    # A dead one beside a living one is no bar, and a living one is respected.
+    alive = {"pid": os.getpid(), "cmd": "dvc repro"}
+    elsewhere = str(tiny_project.folder / "models/merged")
+    rwlock.write_text(json.dumps({"read": {elsewhere: [alive]}, "write": held["write"]}))
+    assert stages_run(tiny_project.run("commands.repro", "--force", "fetch").stdout) == ["fetch"]
+    rwlock.write_text(json.dumps({"read": {}, "write": {made: {"pid": os.getpid(), "cmd": "dvc repro"}}}))
+    assert tiny_project.run("commands.repro", "--force", "fetch", check=False).returncode != 0
+    zombie.wait()
+
+
+# Signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_repro_saves_its_step_and_goes_on(tiny_project, number):
+    folder = tiny_project.folder
+    tiny_project.set(max_steps=60, save_steps=4, eval_steps=30)
+    tiny_project.run("dvc", "repro", "train")
+    unbroken = [digest_files([folder / name]) for name in ("models/adapter", "reports/loss")]
+    for name in ("models/adapter", "reports/loss", ".dvc/cache", "dvc.lock"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    tiny_project.run("dvc", "repro", "tokenize")
+    # As a terminal does it: to DVC and its stage together.
+    process = tiny_project.start("dvc", "repro", "train")
+    end = time.monotonic() + 300
+    while not list(folder.glob("models/checkpoints/*/checkpoint-8")) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode != 0 and "Traceback" not in said
+    line = next(line for line in said.splitlines() if line.startswith("error:"))
+    stopped = re.fullmatch(
+        rf"error: stopped by {number.name} after step (\d+) of 60, .*`dvc repro` goes on from there.", line
+    )
+    assert stopped, line
+    assert (folder / "models/adapter").exists() is False
+    resumed = tiny_project.run("dvc", "repro", "train").stdout
+    assert f"checkpoint-{stopped[1]}\n" in resumed
+    assert [digest_files([folder / name]) for name in ("models/adapter", "reports/loss")] == unbroken
+    assert not (folder / "models/checkpoints").exists()
+
+
+def in_its_steps(said: Path) -> bool:
+    """Whether a training whose output goes to `said` has done a step: from its first one on it listens."""
+    return bool(re.search(r" [1-9]\d*/100000 ", said.read_text(encoding="utf-8")))
+
+
+def test_a_terminated_make_leaves_no_stage_at_work(tiny_project, tmp_path):
+    """SIGTERM to the one process that was started, as a scheduler sends it: DVC would leave its stage running."""
+    tiny_project.set(max_steps=100_000, save_steps=50_000, eval_steps=50_000)
+    with (tmp_path / "said").open("w") as output:
+        process = tiny_project.start("commands.repro", "train", output=output)
+        wait_for(lambda: in_its_steps(tmp_path / "said"))
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("stages.train" in member.cmdline() for member in family)
+        process.terminate()
+        process.wait(timeout=300)
+    said = (tmp_path / "said").read_text(encoding="utf-8")
+    assert process.returncode not in (0, None)
+    assert re.search(r"error: stopped by SIGTERM after step \d+ of 100000, which is saved", said), said
+    assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+    assert list(tiny_project.folder.glob("models/checkpoints/*/checkpoint-*/seal.json"))
+
+
+def test_a_terminated_group_saves_its_step(tiny_project, tmp_path):
+    """SIGTERM to all of a `make all` at once, as `timeout`, systemd and SLURM send it; its heads pass it on, too."""
+    tiny_project.set(max_steps=100_000, save_steps=50_000, eval_steps=50_000)
+    tiny_project.make_environment()
+    with (tmp_path / "said").open("w") as output:
+        process = tiny_project.start("make", "all", output=output)
+        wait_for(lambda: in_its_steps(tmp_path / "said"))
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=300)
+    assert process.returncode != 0
+    wait_for(lambda: list(tiny_project.folder.glob("models/checkpoints/*/checkpoint-*/seal.json")))
+    wait_for(lambda: "error: stopped by SIGTERM after step" in (tmp_path / "said").read_text(encoding="utf-8"))
+    assert "Traceback" not in (tmp_path / "said").read_text(encoding="utf-8")
+
+
+def test_a_stage_whose_dvc_was_killed_is_waited_for(tiny_project, tmp_path):
+    tiny_project.set(max_steps=600, save_steps=300, eval_steps=300)
+    with (tmp_path / "said").open("w") as output:
+        first = tiny_project.start("dvc", "repro", "train", output=output)
+    wait_for(lambda: list(tiny_project.folder.glob("models/checkpoints/*")))
+    (stage,) = [p for p in psutil.Process(first.pid).children(recursive=True) if "stages.train" in p.cmdline()]
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert stage.is_running() and stage.status() != psutil.STATUS_ZOMBIE
+    again = tiny_project.run("commands.repro", "train").stdout
+    assert "another train is at work in this folder: waiting for it to end" in again
+    made = locked_outputs(tiny_project.folder)["models/adapter"]
+    tiny_project.run("dvc", "repro", "--force", "--single-item", "train")
+    assert locked_outputs(tiny_project.folder)["models/adapter"] == made
+    assert not list(tiny_project.folder.rglob(".*.partial"))
+
+
+def test_a_stage_that_is_stopped_clears_up_and_says_so(tiny_project):
+    process = tiny_project.start("stages.fetch")
+    end = time.monotonic() + 120
+    while not list(tiny_project.folder.glob("*/.*.partial")) and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "error: stopped before the end; no output was touched. `dvc repro` goes on."
+    assert not list(tiny_project.folder.glob("*/.*.partial"))
+
+
+# A full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk():
+    """A disk of 48 MiB that only the commands run through it see; and it, as this process sees it."""
+    command = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        "mount -t tmpfs -o size=48m tmpfs /mnt && echo ready && exec sleep 3600",
+    ]
+    try:
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if holder.stdout is None or holder.stdout.readline() != "ready\n":
+        pytest.skip("a disk may not be mounted here: run as root")
+    yield SmallDisk(holder.pid)
+    holder.kill()
+    holder.wait()
+
+
+class SmallDisk:
+    def __init__(self, pid: int) -> None:
+        self.pid, self.path = pid, Path(f"/proc/{pid}/root/mnt")
+
+    def fill(self, room: int) -> None:
+        """Leave `room` bytes."""
+        free = os.statvfs(self.path).f_bavail * os.statvfs(self.path).f_frsize
+        with (self.path / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, free - room))
+
+    def empty(self) -> None:
+        (self.path / "filler").unlink()
+
+    def run(self, project, *module: str) -> subprocess.CompletedProcess:
+        command = ["nsenter", f"--target={self.pid}", "--mount", "sh", "-c", 'cd /mnt/project; exec "$@"', "sh"]
+        command += [sys.executable, "-m", *module]
+        return subprocess.run(command, env=project.environment(), capture_output=True, text=True)
+
+
+def everything(folder: Path) -> str:
+    return digest_files([folder / name for name in ("data", "models", "reports") if (folder / name).exists()])
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "stages", [pytest.param(STAGES[:1], id="fetch"), pytest.param(STAGES, id="all", marks=pytest.mark.long)]
+)
+def test_a_full_disk_is_one_line_and_loses_nothing(stages, tiny_project, small_disk):
+    for stage in stages:
+        tiny_project.run(f"stages.{stage}")
+    folder = small_disk.path / "project"
+    shutil.copytree(tiny_project.folder, folder, ignore=shutil.ignore_patterns(".git", ".home", "__pycache__"))
+    before = everything(folder)
+    for stage in stages:
+        # What is kept is told from what is made anew by a mark; its own outputs no stage reads.
+        old = [path for name in OUTPUTS[stage] for path in sorted((folder / name).rglob("*")) or [folder / name]]
+        for path in (path for path in old if path.is_file()):
+            path.write_bytes(path.read_bytes() + b"\nof an earlier run\n")
+        marked = everything(folder)
+        # With no room at all, and with room for the beginning of what it writes.
+        for room in (0, 8 << 10) if stage != "prepare" else (0,):
+            small_disk.fill(room)
+            result = small_disk.run(tiny_project, f"stages.{stage}")
+            said = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+            assert result.returncode == 1 and len(said) == 1, (stage, room, result.stderr[-3000:])
+            assert "the disk is full. Free some space" in said[0] and "Traceback" not in result.stderr
+            assert not list(folder.rglob(".*.partial")) and not list(folder.glob("models/checkpoints/*/*")), stage
+            shutil.rmtree(folder / "models/checkpoints", ignore_errors=True)
+            assert everything(folder) == marked, (stage, room)
+            small_disk.empty()
+        again = small_disk.run(tiny_project, f"stages.{stage}")
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert everything(folder) == before
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_what_a_full_disk_stopped_under_dvc_is_restored(tiny_project, small_disk):
+    """DVC takes a stage's outputs away before it runs it; they come back, from its cache."""
+    tiny_project.run("dvc", "repro")
+    folder = small_disk.path / "project"
+    shutil.copytree(tiny_project.folder, folder, ignore=shutil.ignore_patterns(".home", "__pycache__"))
+    before, lock = everything(folder), (folder / "dvc.lock").read_bytes()
+    for stage in STAGES:
+        for name in OUTPUTS[stage]:  # as DVC is about to, which would make room just for the same again
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        small_disk.fill(8 << 10)
+        failed = small_disk.run(tiny_project, "dvc", "repro", "--force", "--single-item", stage)
+        small_disk.empty()
+        said = failed.stdout + failed.stderr
+        assert failed.returncode != 0 and re.search("No space left|the disk is full", said), (stage, said[-3000:])
+        assert "Traceback" not in said, (stage, said[-3000:])
+        assert (folder / "dvc.lock").read_bytes() == lock, stage
+        restored = small_disk.run(tiny_project, "commands.repro", stage)
+        assert restored.returncode == 0, (stage, restored.stderr[-3000:])
+        assert everything(folder) == before, stage
+
+
+@pytest.mark.long
+def test_a_disk_too_full_for_dvcs_cache_loses_nothing(tiny_project, small_disk):
+    """The stage has room for its outputs, DVC none for its copies of them."""
+    folder = small_disk.path / "project"
+    shutil.copytree(tiny_project.folder, folder, ignore=shutil.ignore_patterns(".home", "__pycache__"))
+    small_disk.run(tiny_project, "dvc", "repro", "fetch")
+    expected = (folder / "dvc.lock").read_bytes()
+    made = sum(path.stat().st_size for name in ("data/raw", "models/base") for path in (folder / name).rglob("*"))
+    for name in ("dvc.lock", "data/raw", "models/base", ".dvc/cache"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    small_disk.fill(made + (64 << 10))
+    result = small_disk.run(tiny_project, "commands.repro", "fetch")
+    assert result.returncode != 0 and "No space left on device" in result.stderr and "Traceback" not in result.stderr
+    small_disk.empty()
+    again = small_disk.run(tiny_project, "commands.repro", "fetch")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (folder / "dvc.lock").read_bytes() == expected
+
+
+# Two at once -----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_runs_at_once_the_second_waits(tiny_project):
+    tiny_project.make_environment()
+    both = [tiny_project.start("make", "all") for _ in range(2)]
+    said = [process.communicate(timeout=600)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(stages_run(text) for text in said) == [[], STAGES]
+    assert all("For CPUs: models/onnx/" in text for text in said)
+    assert sum("another make is at work in this folder: waiting" in text for text in said) == 1
+
+
+def test_a_dvc_beside_it_is_refused_by_dvcs_lock(tiny_project):
+    first = tiny_project.start("dvc", "repro", "fetch")
+    assert first.stdout is not None
+    while "stages.fetch" not in first.stdout.readline():
+        pass
+    second = tiny_project.run("dvc", "repro", "fetch", check=False)
+    assert second.returncode != 0
+    assert re.search("is busy, it is being blocked by|Unable to acquire lock", second.stderr), second.stderr
+    first.communicate(timeout=300)
+    assert first.returncode == 0
+
+
+def test_of_two_set_ups_at_once_only_one_installs(project):
+    (project.folder / "requirements.lock").write_text("# nothing\n")
+    env = project.environment()
+    both = [
+        subprocess.Popen(
+            ["make", "setup"], cwd=project.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "".join(said).count("Installing") == 1, said
+    assert (project.folder / ".venv/installed").exists()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_experiments_beside_each_other_do_not_disturb_each_other(tiny_project):
+    def settings(steps: int) -> list[str]:
+        return ["-S", f"max_steps={steps}", "-S", "save_steps=1"]
+
+    tiny_project.run("dvc", "repro", "tokenize")
+    tiny_project.commit("tokenised")
+    for steps in (1, 2, 3):
+        result = tiny_project.run("dvc", "exp", "run", "--temp", "--name", f"alone-{steps}", *settings(steps))
+        assert stages_run(result.stdout)[-1] in ("evaluate", "export")
+    shutil.rmtree(tiny_project.folder / ".dvc/cache/runs", ignore_errors=True)
+    for steps in (2, 3):
+        tiny_project.run("dvc", "exp", "run", "--queue", "--name", f"queued-{steps}", *settings(steps))
+    tiny_project.run("dvc", "queue", "start", "--jobs", "2")
+    aside = tiny_project.run("dvc", "exp", "run", "--temp", "--name", "aside", *settings(1), check=False)
+    assert aside.returncode == 0, aside.stderr[-2000:]
+    end = time.monotonic() + 1800
+    while time.monotonic() < end and re.search("Running|Queued", tiny_project.run("dvc", "queue", "status").stdout):
+        time.sleep(5)
+    status = tiny_project.run("dvc", "queue", "status").stdout
+    assert status.count("Success") == 2, status
+
+    def lock(name: str) -> str:
+        refs = subprocess.run(
+            ["git", "for-each-ref", "--format=%(refname)", "refs/exps"],
+            cwd=tiny_project.folder, capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        ref = next(ref for ref in refs if ref.endswith(f"/{name}"))
+        return subprocess.run(
+            ["git", "show", f"{ref}:dvc.lock"], cwd=tiny_project.folder, capture_output=True, text=True, check=True
+        ).stdout
+
+    alone = {steps: lock(f"alone-{steps}") for steps in (1, 2, 3)}
+    assert len(set(alone.values())) == 3
+    assert {1: lock("aside"), 2: lock("queued-2"), 3: lock("queued-3")} == alone
+    assert not (tiny_project.folder / "models/adapter").exists()
