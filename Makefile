@@ -1,4 +1,4 @@
-# The front door. `make` alone prints this help; every target's text stands behind its ##.
+# The front door. `make` alone prints this help: each target's text stands behind its ##.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +12,7 @@ DRY ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# DVC keeps experiments as git commits, and refuses where git knows no user: activating the environment lends it one.
+# DVC keeps experiments as git commits, and refuses where git knows no user: an activated environment names one.
 define LEND_IDENTITY
 
 if ! git config user.email >/dev/null 2>&1; then
@@ -23,7 +23,7 @@ endef
 export LEND_IDENTITY
 
 .DEFAULT_GOAL := help
-.PHONY: help all serve chat space deploy test test-long test-fast lint plan recipe verify status clean lock setup
+.PHONY: help all serve chat space deploy test test-long test-fast lint docs plan recipe verify status clean lock setup
 
 help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,7 +38,7 @@ serve: setup  ## Serve the chat page and an OpenAI-style API on loopback: make s
 chat: setup  ## Chat with the exported model in the terminal.
 	@exec $(PY) space/chat.py --model models/onnx/tuned
 
-space: setup  ## Put the chat app together as a Hugging Face Space, in build/space/.
+space: setup  ## Build the chat app as a Hugging Face Space, in build/space/.
 	@$(PY) -m commands space
 
 deploy: setup  ## Publish model and Space (DRY=1 only lists): make deploy SPACE=user/name
@@ -58,7 +58,10 @@ lint: setup  ## Check style (ruff) and types (mypy).
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-plan: setup  ## Say what a run needs (memory, disk, time) and whether this machine has it, before any download.
+docs: setup  ## Write docs/parameters.md and the comments of params.yaml and recipes/ from the parameters' descriptions.
+	@$(PY) -m commands docs
+
+plan: setup  ## Report what a run needs (memory, disk, time) and whether this machine has it, before any download.
 	@$(PY) -m commands plan
 
 recipe: setup  ## Put recipes/NAME.yaml in place of params.yaml: make recipe NAME=phi2-oasst1
@@ -67,11 +70,11 @@ recipe: setup  ## Put recipes/NAME.yaml in place of params.yaml: make recipe NAM
 verify: setup  ## Run the pipeline twice from nothing, elsewhere, and compare every output with each other and with git.
 	@$(PY) -m commands verify
 
-status: setup  ## Say which stages would run, and print the last summary.
+status: setup  ## List the stages that would run, and print the last summary.
 	@$(PY) -m dvc status
 	@$(PY) -m commands summary
 
-clean:  ## Remove caches and half-made outputs; nothing that took work to make.
+clean:  ## Remove caches and half-made outputs, and nothing that took work to make.
 	@find . -path ./$(VENV) -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \
 		\( -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache -o -name .mypy_cache -o -name .hypothesis \
 		-o -name '.*.partial' \) -print0 | xargs -0 rm -rf
@@ -85,7 +88,7 @@ lock: requirements.txt  ## Make requirements.lock anew from requirements.txt, at
 		mv .lock.partial requirements.lock
 	@echo "requirements.lock: $$(grep -c == requirements.lock) packages"
 
-# Two at once would install into one folder: the second waits, and then has nothing to do.
+# Two calls at once would install into one folder: the second waits, and then has nothing to do.
 setup:
 	@$(MAKE) --question --silent $(INSTALLED) || \
 		$(PYTHON) -m stages.common.locks $(MAKE) --no-print-directory --silent $(INSTALLED)

@@ -1,9 +1,9 @@
 """Write what is generated from the parameters' descriptions: the comments of params.yaml and of all recipes, and
 docs/parameters.md. Run: `make docs`; with `--check` it writes nothing, and fails when one of them is stale.
 
-Values, a recipe's first lines and the reasons behind "Reference: …;" are the author's, and stay. DVC rewrites params.yaml
-at `dvc exp run -S …`, and drops every comment that follows a list; so a comment stands above its key, but behind the
-key where a list may come before it.
+Values, a recipe's first lines and the reasons behind "Reference: …;" are the author's, and stay. `dvc exp run -S …`
+rewrites params.yaml and drops every comment that follows a list. So a comment stands above its key, but behind the key
+where a list may come before it.
 """
 
 import io
@@ -29,8 +29,8 @@ MAX_CELL = 40
 NOTE = re.compile(r"Reference: [^;]*; (?P<reason>.*)")
 INTRODUCTION = """# Parameters
 
-All of params.yaml, in the order of the stages. A stage reruns only when a key of its own changes. `make docs` makes this
-page from the descriptions in `stages/common/schema.py`; recipes/ holds the complete files.
+All of params.yaml, in the order of the stages. A stage reruns only when a key of its own changes. `make docs` makes
+this page from the descriptions in `stages/common/schema.py`. `recipes/` holds the complete files.
 """
 
 
