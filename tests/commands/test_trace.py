@@ -86,8 +86,8 @@ def test_a_step_by_hand(phi2):
     # With recomputed activations a layer keeps what goes into it: a float32 for each token and dimension.
     adapters = 16 * 2 * 2560 * 4  # and the gradients of its LoRA matrices of rank 1
     assert many - few == pytest.approx(16 * batch * tokens * 2560 * 4 + adapters, rel=0.1)
-    # The logits are never there all at once, but in tiles of some thousand tokens of the vocabulary, several at a time: the
-    # products, their exponentials, the gradient, masks. The fused kernels of a GPU work in one tile, in place.
+    # The logits are never all there. They are computed in tiles of some thousand tokens of the vocabulary. Several
+    # tiles live at a time: products, exponentials, gradient, masks. A GPU's fused kernels work in one tile, in place.
     width = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
     tile = batch * tokens * width * 4
     kept = 8 * batch * tokens * 2560 * 4  # into each of the eight layers
