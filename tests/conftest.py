@@ -3,7 +3,6 @@
 No test needs a network or a downloaded model.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ SHARED_OASST1 = ROOT.parent / "shared/data/oasst1"
 
 # The stages' own settings, before any library reads them; and no test may reach a hub.
 import stages  # noqa: E402, F401
+from tests.support.rows import message, small_trees, write_jsonl  # noqa: E402, F401
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models gain nothing from a second thread, and lose much when the machine is busy.
@@ -146,41 +146,6 @@ def tiny_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_phi(tmp_path_factory) -> Path:
     return save_phi(tmp_path_factory.mktemp("phi") / "model")
-
-
-def message(message_id: str, parent: str | None = None, role: str = "assistant", **fields) -> dict:
-    """A message row in OASST1's flat schema; the tree is the part of the id before the first dot."""
-    row = {
-        "message_id": message_id,
-        "parent_id": parent,
-        "message_tree_id": message_id.split(".")[0],
-        "tree_state": "ready_for_export",
-        "text": f"text of {message_id}",
-        "role": role,
-        "lang": "en",
-        "rank": None,
-        "deleted": False,
-        "synthetic": False,
-        "review_result": True,
-        "labels": None,
-        "detoxify": None,
-    }
-    return {**row, **fields}
-
-
-def small_trees(count: int) -> list[dict]:
-    """`count` trees of a question and an answer in two words each, all different."""
-    rows = []
-    for i in range(count):
-        rows.append(message(f"t{i}", role="prompter", text=f"What is {i} + 1?"))
-        rows.append(message(f"t{i}.a", f"t{i}", text=f"It is {i + 1}."))
-    return rows
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 TINY = {

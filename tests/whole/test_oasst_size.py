@@ -5,11 +5,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from oasst_size import LANGUAGES, MESSAGES, READY_MESSAGES, READY_TREES, SPLITS, TREES, write_splits, write_trees
-from test_prepare import check_funnel
 
 from stages.common.artifacts import write_json
-from stages.prepare import OASST1
+from stages.conversations.known import OASST1
+from tests.support.conversations import check_funnel
+from tests.support.oasst_size import (
+    LANGUAGES,
+    MESSAGES,
+    READY_MESSAGES,
+    READY_TREES,
+    SPLITS,
+    TREES,
+    write_splits,
+    write_trees,
+)
 
 pytestmark = pytest.mark.slow
 EXPORT = "OpenAssistant/oasst1/2023-04-12_oasst_{}.trees.jsonl.gz"
@@ -27,8 +36,9 @@ def test_the_full_size_in_two_gibibytes(form, project):
     write_json(raw / "source.json", [{"source": source, "revision": OASST1}])
     project.set(languages=[], validation_fraction=0.05)
     (project.folder / "measured.py").write_text(
-        "import resource, runpy\n"
-        "runpy.run_module('stages.prepare', run_name='__main__')\n"
+        "import resource\n"
+        "from stages.common.entry import run\n"
+        "run('stages.prepare', lock='prepare')\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
     result = project.run("measured")
