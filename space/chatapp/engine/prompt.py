@@ -58,7 +58,10 @@ def check_messages(messages: Any) -> None:
 
 
 def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system message (a list of one or none) and the turns. Each turn begins with the user's first message."""
+    """The system message (a list of one or none) and the turns.
+
+    A turn begins at the user's first message after an answer.
+    """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns: list[list[Message]] = []
     for message in messages[len(system) :]:
