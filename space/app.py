@@ -9,6 +9,10 @@ import socket
 import sys
 from pathlib import Path
 
+from chatapp.engine import load_engines
+from chatapp.server.fair_queue import FairQueue
+from chatapp.server.find_models import find_models
+
 HERE = Path(__file__).parent
 COMMIT = HERE / "commit.txt"  # `make space` writes the project's commit here
 
@@ -50,15 +54,13 @@ def main() -> None:
             f"error: cannot listen on {chosen.host}:{chosen.port} ({error.strerror}). "
             "Stop the program that uses the port, or choose another one: make serve PORT=7861"
         )
-    # Imported only here: Gradio takes seconds, and a taken port is reported before that.
-    from chatapp.serve import build, load_engines, serve
-    from chatapp.server.fair_queue import FairQueue
-    from chatapp.server.find_models import find_models
-
     try:
         engines = load_engines(chosen.models or find_models(HERE))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}." + (" Run `make all` to export it." if chosen.models else ""))
+    # Imported only here: Gradio takes seconds, and the errors above are reported before that.
+    from chatapp.serve import build, serve
+
     commit = chosen.commit or (COMMIT.read_text(encoding="utf-8").strip() if COMMIT.is_file() else "")
     try:
         serve(build(engines, FairQueue(chosen.places, chosen.patience), commit), listener)

@@ -320,11 +320,3 @@ def project(tmp_path) -> Project:
 @pytest.fixture
 def tiny_project(project, tiny_llama) -> Project:
     return make_tiny(project, tiny_llama)
-
-
-@pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory) -> Path:
-    """A folder with two exported tiny models, tuned and base, as the chat app takes it."""
-    from serving import export_tiny
-
-    return export_tiny(tmp_path_factory.mktemp("exported"))

@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,21 +18,9 @@ from chatapp.server.openai_api import OpenAIApi
 from chatapp.server.request_guard import MAX_BODY, guard
 from chatapp.server.request_timeout import RequestTimeoutProtocol
 
-MODELS = ("tuned", "base")  # the chat uses the first one that exists
 MAX_CONNECTIONS = 512
 # In a Space, requests come through a proxy in one of these networks. The proxy names the client.
 PROXIES = ["127.0.0.1", "::1", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
-
-
-def load_engines(folder: Path) -> dict[str, Engine]:
-    """The exported models in `folder`, by name.
-
-    Raises FileNotFoundError when there is none, ValueError when one is damaged.
-    """
-    found = [name for name in MODELS if (folder / name).is_dir()]
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no exported model ({' or '.join(MODELS)})")
-    return {name: Engine(folder / name) for name in found}
 
 
 def build(engines: Mapping[str, Engine], queue: FairQueue, commit: str = "") -> FastAPI:

@@ -5,7 +5,7 @@ for chunk in engine.stream([{"role": "user", "content": "Hello!"}]):
     print(chunk.text, end="", flush=True)
 """
 
-from chatapp.engine.engine import Chunk, Engine
+from chatapp.engine.engine import Chunk, Engine, load_engines
 from chatapp.engine.sampling import Sampling
 
-__all__ = ["Chunk", "Engine", "Sampling"]
+__all__ = ["Chunk", "Engine", "Sampling", "load_engines"]

@@ -14,6 +14,7 @@ from chatapp.engine.prompt_cache import KeptGenerator, PromptCache, tokens_in_st
 from chatapp.engine.sampling import Sampling, choose
 from chatapp.engine.text_stream import TextStream
 
+MODELS = ("tuned", "base")  # the chat uses the first one that exists
 FinishReason = Literal["stop", "length", "cancelled"]
 # The prompt is cut so that max_tokens are left for the answer, but at most this share of the context.
 MAX_ANSWER_SHARE = 1 / 4
@@ -114,3 +115,14 @@ class Engine:
             if finish:
                 return
             generator.read([token])
+
+
+def load_engines(folder: Path) -> dict[str, Engine]:
+    """The exported models in `folder`, by name.
+
+    Raises FileNotFoundError when there is none, ValueError when one is damaged.
+    """
+    found = [name for name in MODELS if (folder / name).is_dir()]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no exported model ({' or '.join(MODELS)})")
+    return {name: Engine(folder / name) for name in found}
