@@ -1,4 +1,4 @@
-"""The engine with tiny models: prompts as in training, the end of an answer and of the context, cancelling, the cache."""
+"""The engine with tiny models: prompts as in training, ends of answers and of the context, cancelling, the cache."""
 
 import json
 import shutil
