@@ -18,7 +18,7 @@ CHAT = [sys.executable, str(ROOT / "space/chat.py")]
 def test_a_conversation_with_commands(exported_llama):
     typed = "Hello!\nAnd then?\n/reset\nHello!\n/system Be brief.\nHello!\n/what\n\n/quit\nnever read\n"
     result = subprocess.run(
-        [*CHAT, "--model", str(exported_llama), "--seed", "1", "--max-tokens", "12"],
+        [*CHAT, "--model", str(exported_llama.folder), "--seed", "1", "--max-tokens", "12"],
         input=typed,
         capture_output=True,
         text=True,
@@ -34,7 +34,7 @@ def test_a_conversation_with_commands(exported_llama):
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(exported_llama):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [*CHAT, "--model", str(exported_llama), "--seed", "1", "--max-tokens", "400", "--temperature", "2"]
+    command = [*CHAT, "--model", str(exported_llama.folder), "--seed", "1", "--max-tokens", "400", "--temperature", "2"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:

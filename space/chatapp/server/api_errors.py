@@ -7,6 +7,8 @@ from starlette.requests import ClientDisconnect
 
 from chatapp.server.fair_queue import Busy
 
+FAILED = "the server failed to answer; its log has the reason"
+
 
 class ApiError(Exception):
     """An error as OpenAI words it: https://platform.openai.com/docs/guides/error-codes"""
@@ -44,7 +46,7 @@ def as_api_error(error: Exception) -> ApiError:
         case HTTPException():
             return ApiError(error.status_code, error.detail)
         case _:
-            return ApiError(500, "the server failed to answer; its log has the reason")
+            return ApiError(500, FAILED)
 
 
 async def respond(_: Request, error: Exception) -> Response:
@@ -66,5 +68,6 @@ def handle_errors(app: FastAPI, max_body: int) -> None:
     for gone in (ClientGone, ClientDisconnect):
         app.add_exception_handler(gone, respond_to_nobody)
     app.add_exception_handler(413, respond_too_large)  # raised by Starlette's RequestBodyLimitMiddleware
-    # Starlette sends this answer and raises the error again, so that uvicorn logs it.
+    # For errors of this app itself. Starlette raises them again after the answer: uvicorn then logs them and closes the
+    # connection. A failure of the model is an ApiError, which leaves the connection open.
     app.add_exception_handler(Exception, respond)

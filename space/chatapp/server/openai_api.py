@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
 from chatapp.engine import Chunk, Engine, Sampling
-from chatapp.server.api_errors import ApiError, ClientGone, as_api_error
+from chatapp.server.api_errors import FAILED, ApiError, ClientGone, as_api_error
 from chatapp.server.completion import Completion, event
 from chatapp.server.fair_queue import Client, FairQueue, Job
 from chatapp.server.openai_schema import ChatRequest, problems
@@ -162,7 +162,13 @@ class OpenAIApi:
             messages = [{"role": "system", "content": usual}, *messages]  # as in training
 
         def work(cancel: threading.Event) -> Iterator[Chunk]:
-            return until_stop(engine.stream(messages, sampling, cancel), asked.stops)
+            try:
+                yield from until_stop(engine.stream(messages, sampling, cancel), asked.stops)
+            except ValueError:
+                raise
+            except Exception as error:
+                log.error("an answer failed", exc_info=error)
+                raise ApiError(500, FAILED) from error
 
         return self._queue.join(client, work)
 
@@ -195,7 +201,6 @@ async def events(
                 break
             chunk = await anext(chunks)
     except Exception as error:  # the status is sent, so the error becomes an event
-        log.error("an answer failed", exc_info=error)
         yield event(as_api_error(error).body)
         return
     yield event(completion.piece({}, chunk.finish_reason, dropped_turns=chunk.dropped_turns))
