@@ -72,14 +72,14 @@ def test_an_answer_stops_at_its_end_token_and_at_its_length(model, tmp_path):
     _, chunks = answer(engine, messages)
     assert chunks[-1].finish_reason == "length" and chunks[-1].tokens == 24
     # The same model, but the fourth token of its answer is its end token.
-    said = engine._cache._kept[-1].ids[chunks[-1].prompt_tokens :]
+    ids = engine._cache._kept[-1].ids[chunks[-1].prompt_tokens :]
     folder = tmp_path / "stops"
     shutil.copytree(model.folder, folder)
     config = json.loads((folder / "genai_config.json").read_text())
-    config["model"]["eos_token_id"] = [config["model"]["eos_token_id"], said[3]]
+    config["model"]["eos_token_id"] = [config["model"]["eos_token_id"], ids[3]]
     write_json(folder / "genai_config.json", config)
     _, chunks = answer(Engine(folder, threads=1), messages)
-    assert chunks[-1].finish_reason == "stop" and chunks[-1].tokens == said.index(said[3])
+    assert chunks[-1].finish_reason == "stop" and chunks[-1].tokens == ids.index(ids[3])
 
 
 def test_a_follow_up_reuses_what_was_read_and_answers_the_same(model):

@@ -16,7 +16,7 @@ from tests.support.conversations import chat
 
 
 @pytest.mark.parametrize(
-    "messages, said",
+    "messages, problem",
     [
         ([], "at least one"),
         ("Hello", "must be a list"),
@@ -28,8 +28,8 @@ from tests.support.conversations import chat
         ([{"role": "user", "content": " \n"}], "not empty"),
     ],
 )
-def test_what_is_no_conversation_is_refused_in_one_line(messages, said):
-    with pytest.raises(ValueError, match=said) as error:
+def test_what_is_no_conversation_is_refused_in_one_line(messages, problem):
+    with pytest.raises(ValueError, match=problem) as error:
         check_messages(messages)
     assert "\n" not in str(error.value)
 
@@ -50,7 +50,7 @@ def test_the_template_can_reach_nothing(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, problem",
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
@@ -61,8 +61,8 @@ def test_the_template_can_reach_nothing(tiny_llama, tmp_path):
         ({"seed": "x"}, "seed"),
     ],
 )
-def test_wrong_sampling_is_refused(values, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_sampling_is_refused(values, problem):
+    with pytest.raises(ValueError, match=problem):
         Sampling(**values)
 
 

@@ -187,7 +187,7 @@ class FairQueue:
         return None
 
     def _refuse(self, job: Job) -> None:
-        """Take a waiting job out of the queue; whoever awaits it gets Busy."""
+        """Take a waiting job out of the queue: awaiting its turn then raises Busy."""
         busy = Busy(self.retry_after())
         self._take_out(job)
         job.turn.set_exception(busy)
