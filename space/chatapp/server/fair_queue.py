@@ -1,10 +1,11 @@
-"""The line before the model: it computes one answer at a time, and everyone else waits here, each in turn.
+"""The fair queue: the model computes one answer at a time, and all other requests wait here.
 
-Clients are served round robin: first by address, then by session at that address, each in the order of arrival. The
-line is bounded: when it is full, whoever has most waiting gives up the newest place, and is told that the server is
-busy. Whoever goes away leaves the line, or frees the model at its next token.
+The queue serves clients round robin: first by address, then by session at that address, each in order of arrival.
+It has a fixed number of places. When it is full, a client with more waiting requests than the newcomer loses its newest
+place and gets "busy"; otherwise the newcomer gets "busy". A client that disconnects leaves the queue, or frees the
+model at its next token.
 
-All methods belong to one event loop; only the work itself runs in a thread.
+Only one event loop may call the methods. The work itself runs in a thread.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,26 +22,26 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 Work = Callable[[threading.Event], Iterator[T]]
 
-LONGEST_RETRY = 60  # seconds; the openai client does not obey a longer Retry-After
+MAX_RETRY_AFTER = 60  # seconds; the openai client ignores a longer Retry-After
 
 
 @dataclass(frozen=True)
 class _End:
-    """What follows the last item: the work is done, or has failed."""
+    """The mark after a job's last item: its work is complete, or it failed."""
 
     error: Exception | None
 
 
 @dataclass(frozen=True)
 class Client:
-    """Who waits: a network address, and a session at it (of the page, or an API key)."""
+    """A client: a network address, and a session at it (of the page, or an API key)."""
 
     address: str
     session: str = ""
 
 
 class Busy(Exception):
-    """No place in the line, or no turn within the time that one waits. `retry_after`: seconds, at least 1."""
+    """The queue has no place, or the turn did not come in time. `retry_after`: seconds, at least 1."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the server is busy, try again in {retry_after} s")
@@ -48,31 +49,34 @@ class Busy(Exception):
 
 
 class Job(Generic[T]):
-    """A place in the line, and then the items that its work yields. Leaving its `async with` block gives it up."""
+    """A place in the queue, and then the items that its work yields. Leave it by the end of an `async with` block."""
 
     def __init__(self, queue: "FairQueue", client: Client, work: Work[T], number: int) -> None:
         self.client = client
         self.work = work
         self.number = number
         self.cancel = threading.Event()
-        # Done when the work begins; waiting for it raises Busy when it will not.
+        # Its result is set when the work begins. Its exception is Busy when the work will never begin.
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.items: asyncio.Queue[Any] = asyncio.Queue()
-        self.deadline: asyncio.TimerHandle | None = None  # when it gives up waiting
+        self.deadline: asyncio.TimerHandle | None = None  # ends the waiting
         self._queue = queue
 
     @property
     def ahead(self) -> int:
-        """How many jobs begin before this one, as the line is now; the running one counts."""
+        """How many jobs come before this one now; the running job counts."""
         return self._queue.ahead_of(self)
 
     def leave(self) -> None:
-        """Give up the place in the line, or the model at its next token. May be called twice."""
+        """Give up the place in the queue, or free the model at its next token. A second call does nothing."""
         self.cancel.set()
         self._queue.leave(self)
 
     async def batches(self, every: float = 0) -> AsyncIterator[list[T]]:
-        """What the work yields, in lists of what came within `every` seconds. Raises Busy, and what the work raises."""
+        """The work's items, in lists of those that came within `every` seconds.
+
+        Raises Busy, and any error that the work raises.
+        """
         await self.turn
         while True:
             batch = [await self.items.get()]
@@ -103,7 +107,7 @@ class Job(Generic[T]):
 
 
 class FairQueue:
-    """At most `places` jobs wait, each at most `patience` seconds."""
+    """At most `places` jobs wait, each for at most `patience` seconds."""
 
     def __init__(self, places: int = 64, patience: float = 60) -> None:
         self.places = places
@@ -112,10 +116,10 @@ class FairQueue:
         self._running: Job | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._joined = 0
-        # When an address or a client last got its turn, on a clock that counts turns; only of those who are here.
+        # The turn at which each address and each client was last served; only of those that have a job now.
         self._served: dict[str | Client, int] = {}
-        self._clock = 0
-        self._seconds = 1.0  # that a job takes, a moving average
+        self._turns = 0
+        self._seconds = 1.0  # a job's duration, as a moving average
 
     @property
     def waiting(self) -> int:
@@ -126,14 +130,17 @@ class FairQueue:
         return int(self._running is not None)
 
     def join(self, client: Client, work: Work[T]) -> Job[T]:
-        """Take a place in the line; `work` is called with an event that tells it to stop. Raises Busy."""
+        """Take a place in the queue. `work` gets an event; when it is set, the work must end. Raises Busy."""
         if self._running is not None and len(self._waiting) >= self.places:
-            self._refuse(self._greedier_than(client))
+            greedy = self._greedier_than(client)
+            if greedy is None:
+                raise Busy(self.retry_after())
+            self._refuse(greedy)
         self._joined += 1
         job = Job(self, client, work, self._joined)
         for key in (client.address, client):
-            # A newcomer goes before who was just served, and behind all who wait longer than that.
-            self._served.setdefault(key, self._clock - 1)
+            # A new client comes before the one that is served now, and after all that have waited longer.
+            self._served.setdefault(key, self._turns - 1)
         self._waiting.append(job)
         job.deadline = asyncio.get_running_loop().call_later(self.patience, self._refuse, job)
         self._begin_next()
@@ -145,14 +152,14 @@ class FairQueue:
             job.turn.cancel()
             self._forget_absent()
         elif job.turn.done() and not job.turn.cancelled():
-            job.turn.exception()  # seen, even if nobody waited for it
+            job.turn.exception()  # asyncio logs an exception that nobody has read
 
     def ahead_of(self, job: Job) -> int:
         order = sorted(self._waiting, key=self._order)
         return order.index(job) + self.running if job in order else 0
 
     def close(self) -> None:
-        """Refuse who waits and stop the work: the server ends."""
+        """Refuse all waiting jobs and stop the work, because the server ends."""
         for job in list(self._waiting):
             self._refuse(job)
         if self._running is not None:
@@ -160,26 +167,28 @@ class FairQueue:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def retry_after(self) -> int:
-        """Seconds until the line as it is now will have been served, as far as one can tell."""
-        return min(LONGEST_RETRY, max(1, math.ceil(self._seconds * (len(self._waiting) + self.running))))
+        """An estimate of the seconds until all jobs of now are served."""
+        return min(MAX_RETRY_AFTER, max(1, math.ceil(self._seconds * (len(self._waiting) + self.running))))
 
     def _order(self, job: Job) -> tuple[int, int, int]:
         return self._served[job.client.address], self._served[job.client], job.number
 
     def _greedier_than(self, client: Client) -> Job | None:
-        """The newest job of the address, or else of the client, that would still have as many as this one."""
-        for level in (lambda who: who.address, lambda who: who):
-            counts = Counter(level(job.client) for job in self._waiting)
-            greediest, most = max(counts.items(), key=lambda item: item[1], default=(None, 0))
-            if counts[level(client)] + 1 < most:
-                return next(job for job in reversed(self._waiting) if level(job.client) == greediest)
+        """The newest job of a greedier address, or of a greedier client at the same address.
+
+        Greedier: it has more waiting jobs than the newcomer would have with one more.
+        """
+        keys: list[Callable[[Client], Hashable]] = [lambda one: one.address, lambda one: one]
+        for key in keys:
+            jobs_of = Counter(key(job.client) for job in self._waiting)
+            greediest, count = max(jobs_of.items(), key=lambda item: item[1], default=(None, 0))
+            if jobs_of[key(client)] + 1 < count:
+                return next(job for job in reversed(self._waiting) if key(job.client) == greediest)
         return None
 
-    def _refuse(self, job: Job | None) -> None:
-        """Tell a job, or (None) the one that wants to join, that there is no place for it."""
+    def _refuse(self, job: Job) -> None:
+        """Take a waiting job out of the queue: awaiting its turn then raises Busy."""
         busy = Busy(self.retry_after())
-        if job is None:
-            raise busy
         self._take_out(job)
         job.turn.set_exception(busy)
         self._forget_absent()
@@ -195,8 +204,8 @@ class FairQueue:
         job = min(self._waiting, key=self._order)
         self._take_out(job)
         self._running = job
-        self._clock += 1
-        self._served[job.client.address] = self._served[job.client] = self._clock
+        self._turns += 1
+        self._served[job.client.address] = self._served[job.client] = self._turns
         job.turn.set_result(None)
         loop = asyncio.get_running_loop()
         began = time.monotonic()
@@ -221,6 +230,6 @@ class FairQueue:
         self._begin_next()
 
     def _forget_absent(self) -> None:
-        here = [*self._waiting, *([self._running] if self._running else [])]
-        keys = {key for job in here for key in (job.client.address, job.client)}
+        present = [*self._waiting, *([self._running] if self._running else [])]
+        keys = {key for job in present for key in (job.client.address, job.client)}
         self._served = {key: turn for key, turn in self._served.items() if key in keys}

@@ -1,13 +1,13 @@
-"""Ending an answer where the client said: at the first of its stop sequences, which is not part of the answer."""
+"""End an answer at the first of the client's stop sequences. The sequence itself is not part of the answer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from engine import Chunk
+from chatapp.engine import Chunk
 
 
 def until_stop(chunks: Iterator[Chunk], stops: Sequence[str]) -> Iterator[Chunk]:
-    """`chunks` up to a stop sequence. What may be the beginning of one is held back until that is known."""
+    """`chunks` up to a stop sequence. Text that may be the beginning of one is held back until the next chunk."""
     held = ""
     for chunk in chunks:
         held += chunk.text

@@ -1,6 +1,6 @@
-"""From a conversation to the tokens that the model reads, as in training, within the model's context.
+"""Turn a conversation into the tokens that the model reads: as in training, and within the model's context.
 
-Everything comes from the exported model's folder: tokenizer.json, tokenizer_config.json and chat_template.jinja.
+The exported model's folder holds all that this needs: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 """
 
 import json
@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 Message = dict[str, str]
 
-# Dropping turns in strides, not one at each answer, keeps the beginning of the prompt the same over several answers, so
-# that the model need not read the whole conversation again each time.
+# Turns are dropped in strides. The beginning of the prompt then stays the same over several answers, and the cache
+# (prompt_cache.py) can reuse it.
 STRIDES_IN_CONTEXT = 4
 
 
@@ -25,12 +25,12 @@ def _raise(message: str) -> NoReturn:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own filter escapes HTML, which a chat template does not mean.
+    # Jinja's own filter escapes HTML; chat templates expect plain JSON.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def compile_template(text: str) -> jinja2.Template:
-    """A chat template, compiled as transformers' `apply_chat_template` does; it can reach nothing but its variables."""
+    """Compile a chat template as transformers' `apply_chat_template` does. It can reach only its variables."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -41,7 +41,7 @@ def compile_template(text: str) -> jinja2.Template:
 
 
 def check_messages(messages: Any) -> None:
-    """Raise ValueError, in one line, unless `messages` is a conversation that waits for an answer."""
+    """Raise ValueError, with one line, unless `messages` is a conversation whose last message is the user's."""
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError("messages must be a list of at least one message")
     for i, message in enumerate(messages):
@@ -58,7 +58,10 @@ def check_messages(messages: Any) -> None:
 
 
 def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system message (a list of one or none) and the turns: each begins with the user's words after an answer."""
+    """The system message (a list of one or none) and the turns.
+
+    A turn begins at the user's first message after an answer.
+    """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns: list[list[Message]] = []
     for message in messages[len(system) :]:
@@ -86,7 +89,7 @@ class PromptBuilder:
         self._control_tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """The token ids of the conversation up to where the answer begins."""
+        """The ids of a complete conversation up to where the answer begins."""
         plain = [{"role": m["role"], "content": self._without_control_tokens(m["content"])} for m in messages]
         try:
             text = self._template.render(messages=plain, add_generation_prompt=True, **self._special_tokens)
@@ -95,17 +98,17 @@ class PromptBuilder:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _without_control_tokens(self, text: str) -> str:
-        """`text` with an invisible space inside what spells a control token: it would end or begin a turn."""
+        """`text` with an invisible space inside each control token; otherwise it could end or begin a turn."""
         for token in self._control_tokens:
             if token in text:
                 text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
         return text
 
     def fit(self, messages: list[Message], context_length: int, room: int) -> tuple[list[int], int]:
-        """The ids of as much of the conversation as leaves `room` tokens for the answer, and how many turns are gone.
+        """The ids of a conversation cut so that `room` tokens are left for the answer, and the number of turns dropped.
 
-        The oldest turns go first; the system message and the last turn stay. Raises ValueError when those two alone
-        are too long.
+        The oldest turns are dropped first. The system message and the last turn stay; ValueError is raised when these
+        two are too long.
         """
         check_messages(messages)
         system, turns = split_turns(messages)
@@ -120,8 +123,8 @@ class PromptBuilder:
         shortest = after(len(turns) - 1)
         if len(shortest) > limit:
             raise ValueError(
-                f"the last message is too long: with the system message it has {len(shortest)} tokens, and the model "
-                f"reads {context_length}, of which {room} are kept for the answer"
+                f"the last message is too long: with the system message it has {len(shortest)} tokens. The model reads "
+                f"{context_length} tokens, and {room} of these are reserved for the answer"
             )
         stride = max(1, context_length // STRIDES_IN_CONTEXT)
         too_many = -(-(len(ids) - limit) // stride) * stride

@@ -1,14 +1,14 @@
-"""What a request to /v1/chat/completions may hold: OpenAI's fields, as far as one small model on a CPU has them.
+"""The fields of a request to /v1/chat/completions: those of OpenAI's that one small model on a CPU can honour.
 
-https://platform.openai.com/docs/api-reference/chat/create. A field that would change the answer and is not supported
-is refused, not ignored.
+https://platform.openai.com/docs/api-reference/chat/create. An unsupported field is refused, because ignoring it would
+change the answer without a word.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-MOST_MESSAGES = 1000
+MAX_MESSAGES = 1000
 Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
 
 
@@ -18,14 +18,14 @@ class Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def leave_out_null(cls, fields: Any) -> Any:
-        """A null changes nothing, whatever its field; the openai client sends an answer's nulls back with it."""
+        """A null means that the field is absent. The openai client sends the nulls of an answer back with it."""
         return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
 
 class Message(Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: str
-    name: str | None = None  # has no place in the chat template
+    name: str | None = None  # the chat template has no place for it
 
     @field_validator("content", mode="before")
     @classmethod
@@ -40,7 +40,7 @@ class Message(Part):
         return "\n".join(texts)
 
     def as_dict(self) -> dict[str, str]:
-        """The message as the engine takes it; a developer message is what OpenAI now calls a system message."""
+        """The message for the engine. OpenAI calls system messages developer messages now."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -54,7 +54,7 @@ class TextFormat(Part):
 
 
 class ChatRequest(Part):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -64,10 +64,10 @@ class ChatRequest(Part):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
-    # Not OpenAI's, but what other servers of open models call them.
+    # Not OpenAI's; other servers of open models use these names.
     top_k: Annotated[int, Field(ge=0)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)] | None = None
-    # Taken where they change nothing.
+    # Accepted only with values that change nothing.
     n: Literal[1] | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
@@ -91,7 +91,7 @@ class ChatRequest(Part):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The engine's sampling options that were given; it has its own defaults for the others."""
+        """The given sampling options, by the engine's names. The engine has defaults for the others."""
         given = {
             "max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             "temperature": self.temperature,
@@ -104,7 +104,7 @@ class ChatRequest(Part):
 
 
 def problems(error: ValidationError) -> tuple[str, str | None]:
-    """What is wrong with a request, in one line, and the first field that is."""
+    """One line about everything that is wrong with a request, and the first wrong field."""
     lines: list[str] = []
     first: str | None = None
     for problem in error.errors(include_url=False, include_input=False)[:5]:
@@ -112,6 +112,6 @@ def problems(error: ValidationError) -> tuple[str, str | None]:
         for part in problem["loc"]:
             where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
         first = first or where or None
-        what = "is not supported here" if problem["type"] == "extra_forbidden" else problem["msg"]
-        lines.append(f"{where}: {what}" if where else what)
+        text = "is not supported here" if problem["type"] == "extra_forbidden" else problem["msg"]
+        lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines), first

@@ -1,14 +1,14 @@
-"""Where one types, and sends or stops: the button is the one that fits the moment."""
+"""The text box for prompts. Its button sends, or stops while an answer grows."""
 
 from typing import Any
 
 import gradio as gr
 
-LONGEST = 20_000  # characters
+MAX_CHARACTERS = 20_000
 
 
 def prompt_box(label: str, elem_id: str, autofocus: bool = False) -> gr.Textbox:
-    """Where one types; Enter sends, Shift+Enter begins a new line."""
+    """A prompt box: Enter sends, Shift+Enter begins a new line."""
     return gr.Textbox(
         label=label,
         show_label=False,
@@ -19,7 +19,7 @@ def prompt_box(label: str, elem_id: str, autofocus: bool = False) -> gr.Textbox:
         autofocus=autofocus,
         lines=1,
         max_lines=8,
-        max_length=LONGEST,
+        max_length=MAX_CHARACTERS,
     )
 
 

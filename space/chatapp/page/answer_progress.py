@@ -1,27 +1,27 @@
-"""An answer as it grows, with its speed: what the page shows. Also two answers that grow side by side."""
+"""A growing answer with its speed, as the page shows it; and several answers that grow side by side."""
 
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from engine import Chunk
+from chatapp.engine import Chunk
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All of an answer so far."""
+    """The complete answer so far."""
 
     text: str
     tokens: int
-    first_after: float  # seconds until its first piece: the model read the conversation
-    tokens_per_second: float | None  # speed of writing since then; None until there is one
+    first_after: float  # seconds until the first piece, in which the model read the conversation
+    tokens_per_second: float | None  # speed since the first piece; None until there is a second one
     finish_reason: Literal["stop", "length", "cancelled"] | None
-    dropped_turns: int  # oldest turns of the conversation that the model did not read
+    dropped_turns: int  # oldest turns of the conversation that did not fit the context
 
 
 def progress(chunks: Iterator[Chunk]) -> Iterator[Progress]:
-    """Only the time inside of `chunks` counts: what its consumer does between two of them does not."""
+    """The states of an answer. Only the time inside `chunks` counts, not the time of a slow consumer."""
     text, seconds, first_after, first_tokens = "", 0.0, 0.0, 0
     while True:
         began = time.perf_counter()
@@ -38,7 +38,7 @@ def progress(chunks: Iterator[Chunk]) -> Iterator[Progress]:
 
 
 def side_by_side(streams: Mapping[str, Iterator[Progress]]) -> Iterator[dict[str, Progress]]:
-    """Several answers that grow in turns, a piece of each at a time: none has the processor at another's cost."""
+    """Several answers that grow in turns, one piece of each at a time: each has the same share of the processor."""
     growing = dict(streams)
     latest: dict[str, Progress] = {}
     while growing:

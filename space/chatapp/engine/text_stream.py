@@ -1,32 +1,32 @@
-"""Tokens to text, piece by piece, as they are generated."""
+"""Turn generated tokens into text, piece by piece."""
 
 from tokenizers import Tokenizer
 
-# Tokens of byte-level vocabularies may end inside a character; decoding then ends with this.
+# A token of a byte-level vocabulary may end inside a character. The decoded text then ends with this one.
 INCOMPLETE = "\ufffd"
 
 
 class TextStream:
-    """The text of an answer as it grows: only whole characters, without white space at its beginning and its end."""
+    """The growing text of an answer: complete characters only, and no white space at its beginning and end."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # Decoding a token may depend on those before it: ids[start:done] are decoded again each time, as a context.
+        # A token's text may depend on the tokens before it, so ids[start:done] are decoded again as a context.
         self._start = self._done = 0
         self._begun = False
         self._space = ""
 
     def add(self, token: int) -> str:
-        """The text that this token completes; often a word, sometimes nothing."""
+        """The text that this token completes: often a word, sometimes nothing."""
         self._ids.append(token)
-        return self._grow(last=False)
+        return self._new_text(last=False)
 
     def finish(self) -> str:
-        """What is left when no token follows: a character that stays incomplete is dropped."""
-        return self._grow(last=True)
+        """The rest of the text when no token follows. An incomplete last character is dropped."""
+        return self._new_text(last=True)
 
-    def _grow(self, last: bool) -> str:
+    def _new_text(self, last: bool) -> str:
         context = self._decode(self._ids[self._start : self._done])
         text = self._decode(self._ids[self._start :])
         if text.endswith(INCOMPLETE):
@@ -43,7 +43,7 @@ class TextStream:
         if not self._begun:
             text = text.lstrip()
             self._begun = bool(text)
-        whole = self._space + text
-        kept = whole.rstrip()
-        self._space = whole[len(kept) :]
+        text = self._space + text
+        kept = text.rstrip()
+        self._space = text[len(kept) :]
         return kept

@@ -1,6 +1,6 @@
-"""What the page tells of its models: where they come from, how they were made, and what was measured.
+"""The page's text about its models: their origin, their training, and their measurements.
 
-A card is what the export stage writes beside a model (card.json); what it does not hold is left out.
+The export stage writes a card beside each model (card.json). Facts that a card does not hold are left out.
 """
 
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from pathlib import PurePosixPath
 from typing import Any
 
 Card = Mapping[str, Any]
-MEASURED = {  # a card's `quality`, and how it is shown
+MEASURED = {  # the keys of a card's `quality`, with their label and format
     "perplexity": ("perplexity", "{:.2f}"),
-    "perplexity_before": ("… before the export", "{:.2f}"),
+    "perplexity_before": ("perplexity before the export", "{:.2f}"),
     "token_accuracy": ("token accuracy", "{:.1%}"),
-    "token_agreement": ("greedy tokens as before the export", "{:.1%}"),
+    "token_agreement": ("greedy tokens equal to those before the export", "{:.1%}"),
     "bytes": ("size, MB", "{:.0f}"),
 }
 
 
 def title(card: Card) -> str:
-    """The base model's name, and what was done to it."""
+    """The base model's name, and the exported model's."""
     source = (card.get("base_model") or {}).get("source")
     return f"{_short(source)}, {card.get('name', 'tuned')}" if source else "Chat"
 
@@ -29,15 +29,15 @@ def subtitle(card: Card) -> str:
     parts = [
         f"Fine-tuned by QLoRA on {data}" if data else "A language model",
         f"{card['export']['export_precision']} on a CPU" if card.get("export") else "on a CPU",
-        "check what it says",
+        "answers may be wrong",
     ]
     return " · ".join(parts)
 
 
 def about(cards: Mapping[str, Card], commit: str = "") -> str:
-    """The cards of all models, by name, as one Markdown page; the first is the tuned model's.
+    """One Markdown page of all cards, by the name of their model; the first is the tuned model's.
 
-    `commit`: that of the project which serves them.
+    `commit`: the project's commit that serves the models.
     """
     first = next(iter(cards.values()))
     origin = {**_origin(first), **({"Project's commit": _code(commit)} if commit else {})}
@@ -60,13 +60,13 @@ def _measured(cards: Mapping[str, Card]) -> str:
             rows.append(f"| {label} | {' | '.join(shown)} |")
     if not rows:
         return ""
-    what = (
+    data = (
         f" on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens"
         if held_out
         else ""
     )
     head = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
-    return "\n".join([f"### Measured{what}", "", *head, *rows])
+    return "\n".join([f"### Measured{data}", "", *head, *rows])
 
 
 def _origin(card: Card) -> dict[str, str]:
@@ -77,12 +77,12 @@ def _origin(card: Card) -> dict[str, str]:
     for label, source in [("Base model", card.get("base_model") or {}), *zip(names, datasets, strict=True)]:
         if source:
             origin[label] = _code(source.get("source"))
-            origin[f"{label}: version"] = _code(source.get("revision") or "as in the project's repository")
+            origin[f"{label}: version"] = _code(source.get("revision") or "the file in the project's repository")
             origin[f"{label}: licence"] = escape(str(source.get("license") or "not stated"))
     if training:
         origin["Trained on"] = (
             f"{training.get('train_conversations')} conversations, "
-            f"{training.get('train_supervised_tokens')} tokens of the assistant's"
+            f"{training.get('train_supervised_tokens')} assistant tokens"
         )
     if card.get("system_prompt"):
         origin["System prompt"] = escape(card["system_prompt"])
@@ -102,5 +102,5 @@ def _code(value: Any) -> str:
 
 
 def _short(source: str) -> str:
-    """`owner/phi-2` → `phi-2`; a file's name without what follows its first dot."""
+    """`owner/phi-2` → `phi-2`; a file's name up to its first dot."""
     return PurePosixPath(source).name.partition(".")[0]
