@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from tests.support.project import ROOT
 
 from chat import summary
 from chatapp.engine import Chunk
+from tests.support.project import ROOT
 
 CHAT = [sys.executable, str(ROOT / "space/chat.py")]
 

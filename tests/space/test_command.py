@@ -9,11 +9,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.support.project import ROOT
 
 from app import listen
 from bench.chat_server import answers, printed_address, wait_until
 from chatapp.serve import server_settings
+from tests.support.project import ROOT
 
 SPACE = ROOT / "space"
 ELSEWHERE = {"bench", "commands", "stages", "tests", "torch", "transformers"}

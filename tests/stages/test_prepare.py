@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from stages.conversations.messages import read_messages
 from stages.conversations.splits import held_out
-from tests.support.project import SHARED_OASST1
 from tests.support.conversations import check_funnel, ids, run, trees_in_both_splits
+from tests.support.project import SHARED_OASST1
 from tests.support.rows import message
 
 # A split that holds tree b out and trains on tree a, and a tree on a's side that will be a copy of it.

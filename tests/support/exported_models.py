@@ -5,8 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tests.support.models import save_llama
-from tests.support.project import ROOT
 from onnxruntime_genai.models.builder import create_model, parse_extra_options
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -15,6 +13,8 @@ from stages.common.models import load_config, load_tokenizer
 from stages.export import set_tokenizer
 from stages.merge import plain_template
 from stages.tokenize import load_template, set_special_tokens
+from tests.support.models import save_llama
+from tests.support.project import ROOT
 
 
 def export(source: Path, folder: Path, precision: str) -> Path:
