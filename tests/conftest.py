@@ -1,6 +1,8 @@
 """The fixtures that tests share. No test needs a network or a downloaded model."""
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,33 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.support.models import save_gpt2, save_llama, save_phi  # noqa: E402
 from tests.support.project import Project, make_tiny  # noqa: E402
-from tests.support.serving import export_tiny  # noqa: E402
+from tests.support.warm import WarmPython  # noqa: E402
+
+# Tests that share one of these expensive fixtures run in one worker of pytest-xdist: each is made once.
+GROUPS = {
+    "pipeline": {"finished"},
+    "hub": {"hub"},
+    "states": {"made"},
+    "chat": {"tiny_models", "exported_llama", "exported_phi"},
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for group, fixtures in GROUPS.items():
+            if fixtures & set(getattr(item, "fixturenames", ())):
+                item.add_marker(pytest.mark.xdist_group(group))
+                break
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say last, and once each, why tests were skipped: the reason names what to install."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    if reasons:
+        terminalreporter.section("not tested here")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +62,7 @@ def tiny_phi(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(tmp_path) -> Project:
-    return Project(tmp_path / "a project")  # a space in the path, as some have
+    return Project.new(tmp_path / "a project")  # a space in the path, as some have
 
 
 @pytest.fixture
@@ -43,6 +71,32 @@ def tiny_project(project, tiny_llama) -> Project:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory) -> Path:
-    """A folder with two exported tiny models, tuned and base, as the chat app takes it."""
-    return export_tiny(tmp_path_factory.mktemp("exported"))
+def warm_python(tmp_path_factory) -> Iterator[Path]:
+    """A `python` that runs stages without their imports: see tests/support/warm.py."""
+    folder = tmp_path_factory.mktemp("warm")
+    warm = WarmPython(folder, Project(folder).environment())
+    yield warm.python
+    warm.stop()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_llama) -> Project:
+    """A tiny project after one `dvc repro`, committed, and what DVC said (`first.txt`). No test may change it."""
+    project = make_tiny(Project.new(tmp_path_factory.mktemp("finished") / "a project"), tiny_llama)
+    said = project.run("dvc", "repro").stdout
+    (project.folder / ".home/first.txt").write_text(said, encoding="utf-8")
+    project.commit("reproduced")
+    return project
+
+
+@pytest.fixture
+def finished_project(finished, tmp_path) -> Project:
+    """A copy of the finished project, for a test that changes it."""
+    return finished.copy(tmp_path / "a project")
+
+
+@pytest.fixture
+def warm_project(finished_project, warm_python) -> Project:
+    """The same for a test of what stages make: they run in forks of a warm process."""
+    finished_project.python = warm_python
+    return finished_project

@@ -2,10 +2,10 @@
 
 import pandas as pd
 import pytest
-from stages.conversations.messages import read_messages
 
 from stages.common.masks import answer_spans
 from stages.common.schema import PrepareParams
+from stages.conversations.messages import read_messages
 from stages.prepare import prepare
 from stages.tokenize import tokenize
 from tests.support.params import section

@@ -1,19 +1,25 @@
 """Copies of the project to run for real, each in a folder and a git repository of its own."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 import pytest
 from ruamel.yaml import YAML
 
+from stages.common.pipeline import paths_of, read_pipeline
 from tests.support.rows import small_trees, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
+PIPELINE = read_pipeline(ROOT)
+STAGES = list(PIPELINE)
 RECIPE = ROOT / "recipes/smollm2-cpu.yaml"
 SHARED_OASST1 = ROOT.parent / "shared/data/oasst1"
 
@@ -44,24 +50,64 @@ TINY = {
 }
 
 
-class Project:
-    """A copy of the project's files in a folder and git repository of its own."""
+COPIED = (
+    "Makefile",
+    "dvc.yaml",
+    ".dvcignore",
+    ".gitignore",
+    "LICENSE",
+    "README.md",
+    "requirements.lock",
+    "pyproject.toml",
+    "stages",
+    "commands",
+    "space",
+    "recipes",
+    "data/sample",
+    "data/local",
+    "models/README.md",
+    ".dvc/.gitignore",
+    ".dvc/config",
+)
 
-    def __init__(self, folder: Path) -> None:
+
+def outputs_of(stage: str) -> list[str]:
+    """The paths of all that a stage makes, by dvc.yaml."""
+    made = PIPELINE.get(stage, {})
+    return [path for kind in ("outs", "metrics", "plots") for path in paths_of(made.get(kind, []))]
+
+
+def stages_run(said: str) -> list[str]:
+    """The stages that a `dvc repro` began, by what it said."""
+    return re.findall(r"Running stage '(\w+)'", said)
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The one error line of a command that failed as expected."""
+    said = result.stdout + result.stderr
+    assert result.returncode != 0 and "Traceback" not in said, said[-4000:]
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    return line
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+class Project:
+    """A folder with a project in a git repository of its own. `python`: what runs its modules, and its stages."""
+
+    def __init__(self, folder: Path, python: Path = Path(sys.executable)) -> None:
         self.folder = folder
-        tracked = ["Makefile", "dvc.yaml", ".dvcignore", ".gitignore", "LICENSE", "README.md", "requirements.lock"]
-        for name in (
-            *tracked,
-            "pyproject.toml",
-            "stages",
-            "commands",
-            "space",
-            "recipes",
-            "data/sample",
-            "data/local",
-            "models/README.md",
-            ".dvc/config",
-        ):
+        self.python = python
+
+    @classmethod
+    def new(cls, folder: Path) -> "Project":
+        """A copy of this project's files, with the embedded recipe."""
+        for name in COPIED:
             source, target = ROOT / name, folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
@@ -69,12 +115,21 @@ class Project:
             elif source.exists():
                 shutil.copyfile(source, target)
         shutil.copyfile(RECIPE, folder / "params.yaml")
-        self.git("init", "--quiet", "--initial-branch=main")
-        self.commit("start")
+        project = cls(folder)
+        project.git("init", "--quiet", "--initial-branch=main")
+        (folder / ".git/info/exclude").write_text(".home/\n", encoding="utf-8")
+        project.commit("start")
+        return project
 
-    def git(self, *args: str) -> None:
+    def copy(self, folder: Path) -> "Project":
+        """The same with all that was made in it, elsewhere."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Project(folder, self.python)
+
+    def git(self, *args: str) -> str:
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
-        subprocess.run(["git", *identity, *args], cwd=self.folder, check=True, capture_output=True)
+        command = ["git", *identity, *args]
+        return subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True).stdout
 
     def commit(self, text: str) -> None:
         self.git("add", "--all")
@@ -82,18 +137,20 @@ class Project:
 
     def set(self, **values) -> None:
         """Change keys of params.yaml."""
-        yaml, path = YAML(), self.folder / "params.yaml"
-        params = yaml.load(path.read_text(encoding="utf-8"))
-        params.update(values)
-        with path.open("w", encoding="utf-8") as file:
-            yaml.dump(params, file)
+        set_params(self.folder, **values)
+
+    def remove(self, *names: str) -> None:
+        """Remove files and folders that may be there."""
+        for name in names:
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def environment(self, **changes: str) -> dict[str, str]:
         """The environment of a user whose git has no identity."""
         home = self.folder / ".home"
         home.mkdir(exist_ok=True)
         return {
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"]),
+            "PATH": os.pathsep.join([str(self.python.parent), str(Path(sys.executable).parent), "/usr/bin", "/bin"]),
             "HOME": str(home),
             "GIT_CONFIG_NOSYSTEM": "1",
             "LANG": "C.UTF-8",
@@ -109,7 +166,7 @@ class Project:
         """Start `python -m command` (or `make …`) as the head of a process group, as a terminal does; its errors go to
         its output."""
         return subprocess.Popen(
-            command if command[0] == "make" else [sys.executable, "-m", *command],
+            command if command[0] == "make" else [self.python, "-m", *command],
             cwd=self.folder,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
@@ -123,14 +180,14 @@ class Project:
         """What `make setup` would make, without an installation: an environment that is this one."""
         python = self.folder / ".venv/bin/python"
         python.parent.mkdir(parents=True)
-        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(str(self.python))} "$@"\n', encoding="utf-8")
         python.chmod(0o755)
         (self.folder / ".venv/installed").touch()
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
         """Run `python -m command` in the project, without a terminal."""
         result = subprocess.run(
-            [sys.executable, "-m", *command],
+            [self.python, "-m", *command],
             cwd=self.folder,
             env=self.environment(**environment),
             capture_output=True,
@@ -140,6 +197,15 @@ class Project:
         if check and result.returncode:
             raise AssertionError(f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}")
         return result
+
+
+def set_params(folder: Path, **values) -> None:
+    """Change keys of a folder's params.yaml; where there is none, of the embedded recipe."""
+    yaml, path = YAML(), folder / "params.yaml"
+    params = yaml.load((path if path.exists() else RECIPE).read_text(encoding="utf-8"))
+    params.update(values)
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(params, file)
 
 
 def make_tiny(project: Project, tiny_llama: Path) -> Project:

@@ -1,0 +1,13 @@
+"""Rows in any form -> messages -> a selection of them -> conversations by split: pure functions, in the order of use.
+
+files.py       data files -> rows
+forms.py       rows in any form -> message rows; a form is an entry of FORMS
+messages.py    message rows -> the table of messages, or what is wrong with a row
+selection.py   the table, the threads found in it, and the funnel that counts what each step drops
+filters.py     what drops a message or a thread; a filter is an entry of FILTERS or THREAD_FILTERS
+threads.py     trees -> threads, each from a question to an answer
+splits.py      which threads are trained on, and how often; which are held out
+duplicates.py  copies, near copies and held-out questions
+tables.py      chosen threads -> the tables and counts that are written
+known.py       the size of published data sets
+"""

@@ -1,0 +1,84 @@
+"""Which threads are held out for validation, and which are trained on, how often."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from stages.common.errors import StageError
+from stages.common.schema import PrepareParams
+from stages.conversations.selection import Selection, Thread
+
+
+def settle_splits(selection: Selection) -> Selection:
+    """Settle the splits that a data set brings: its validation split is held out, or if it has none its test split.
+
+    Rows outside these two splits are dropped (a test split beside a validation split stays unseen). Where a data set
+    has no such pair of splits, `split` becomes None on all its rows.
+    """
+    messages = selection.messages
+    settled = messages["split"].copy()
+    for _, names in messages.groupby("dataset")["split"]:
+        held_out_name = next((name for name in ("validation", "test") if (names == name).any()), None)
+        if held_out_name is None or not (names == "train").any():
+            settled[names.index] = None
+        else:
+            settled[names.index] = names.map({"train": "train", held_out_name: "validation"}).fillna("other")
+    selection = replace(selection, messages=messages.assign(split=settled))
+    return selection.keep(settled.ne("other"), "other_split")
+
+
+def held_out(tree_id: str, fraction: float, seed: int) -> bool:
+    """Whether a tree belongs to the validation split: by a hash, so that no tree moves when others come or go."""
+    digest = hashlib.sha256(f"{seed}:{tree_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def held_out_roots(messages: pd.DataFrame, params: PrepareParams) -> set[str]:
+    """The ids of the roots whose threads are held out: by the data set's own split, or else by hash of the tree."""
+    roots = messages.loc[messages["parent_id"].isna(), ["message_id", "message_tree_id", "split"]]
+    return {
+        root
+        for root, tree, split in zip(*(roots[name] for name in roots), strict=True)
+        if (
+            split == "validation"
+            if isinstance(split, str)
+            else held_out(tree, params.validation_fraction, params.split_seed)
+        )
+    }
+
+
+def weighted(threads: Sequence[Thread], weight: float, seed: int) -> list[Thread]:
+    """Each of `threads` as often as the whole part of `weight` says; a share as large as its fraction, once more.
+
+    That share is drawn by hash. The order stays; a repetition follows the one before it.
+    """
+    times, part = divmod(weight, 1)
+    by_hash = sorted(threads, key=lambda ids: hashlib.sha256(f"{seed}:{ids}".encode()).digest())
+    once_more = set(by_hash[: round(part * len(threads))])
+    return [ids for ids in threads for _ in range(int(times) + (ids in once_more))]
+
+
+def threads_by_split(selection: Selection, params: PrepareParams) -> dict[str, list[Thread]]:
+    """The threads of train, as often as `dataset_weights` says (ordered by data set), and of validation.
+
+    Raises StageError when a split is empty.
+    """
+    held = held_out_roots(selection.messages, params)
+    train = [ids for ids in selection.threads if ids[0] not in held]
+    if params.dataset_weights is not None:
+        dataset = selection.values("dataset")
+        train = [
+            ids
+            for number, weight in enumerate(params.dataset_weights)
+            for ids in weighted([ids for ids in train if dataset[ids[0]] == number], weight, params.split_seed)
+        ]
+    splits = {"train": train, "validation": [ids for ids in selection.threads if ids[0] in held]}
+    for name, threads in splits.items():
+        if not threads:
+            raise StageError(
+                f"no conversation is left for {name}: {len(selection.threads)} of {selection.funnel.read['trees']} "
+                "trees passed the filters. Loosen the filters or change validation_fraction in params.yaml."
+            )
+    return splits

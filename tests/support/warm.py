@@ -1,0 +1,140 @@
+"""A Python that has the stages' libraries imported already: it runs each stage in a fork of itself.
+
+Imports take a stage 10 to 15 s of a processor, a tiny model's work less than one. `WarmPython.python` stands for
+`python` on a project's PATH: it hands `python -m stages …` and `python -m commands …` to the warm process, and runs
+anything else as it is. The stage's own code is imported anew each time, from the project's folder.
+
+The libraries have read their environment before. So a variable of READ_AT_IMPORT with another value, and all that a
+test asks of a process itself (signals, kills, its command line), need a real start.
+Run: `python -m tests.support.warm SOCKET`
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from tests.support.project import ROOT
+
+READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
+PACKAGES = ("stages", "commands")
+LIBRARIES = ("stages.fetch", "stages.train", "stages.merge", "stages.evaluate", "stages.export", "commands.plan")
+MAX_REQUEST = 1 << 16
+
+CLIENT = """#!{real} -IS
+import json, os, socket, sys
+packages, variables, address = {packages!r}, {variables!r}, {address!r}
+given, environment = sys.argv[1:], dict(os.environ)
+if given[:1] != ["-m"] or given[1] not in packages or [environment.get(name) for name in {names!r}] != variables:
+    os.execv({real!r}, [{real!r}, *given])
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(address)
+    socket.send_fds(server, [b"."], [0, 1, 2])
+    server.sendall(json.dumps([os.getcwd(), environment, given]).encode())
+    server.shutdown(socket.SHUT_WR)
+    status = server.recv(16)  # nothing where the stage was killed
+sys.exit(int(status or b"137"))
+"""
+
+
+class WarmPython:
+    """A warm process, started with `environment`; `folder` is where its files lie."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.python = folder / "bin/python"
+        self.python.parent.mkdir(parents=True)
+        address = folder / "socket"
+        variables = [environment.get(name) for name in READ_AT_IMPORT]
+        client = CLIENT.format(
+            real=sys.executable, packages=PACKAGES, names=READ_AT_IMPORT, variables=variables, address=str(address)
+        )
+        self.python.write_text(client, encoding="utf-8")
+        self.python.chmod(0o755)
+        command = [sys.executable, "-m", "tests.support.warm", str(address)]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE)
+        while not address.exists():
+            assert self._process.poll() is None, "the warm process did not start"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def import_libraries() -> None:
+    """Import all that the stages import, and forget the stages themselves."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.split(".")[0] in (*PACKAGES, "tests")]:
+        del sys.modules[name]
+
+
+def run_module(arguments: list[str]) -> int:
+    """Run `python -m …` in this process; returns its exit status."""
+    sys.argv[:] = ["-m", *arguments[2:]]
+    sys.path[0] = os.getcwd()
+    try:
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+            return 1
+        return ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def answer(client: socket.socket) -> None:
+    """Run what a client asks for, with its folder, environment, input and outputs, and return its exit status."""
+    _, files, _, _ = socket.recv_fds(client, 1, 3)
+    request = b""
+    while part := client.recv(MAX_REQUEST):
+        request += part
+    folder, environment, arguments = json.loads(request)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    status = run_module(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    client.sendall(str(status).encode())
+
+
+def main() -> None:
+    import_libraries()
+    parent = os.getppid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the forks
+    address = Path(sys.argv[1])
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{address}.partial")
+        server.listen()
+        server.settimeout(2)
+        Path(f"{address}.partial").rename(address)
+        while os.getppid() == parent:
+            with suppress(TimeoutError):
+                client, _ = server.accept()
+                client.setblocking(True)
+                if os.fork() == 0:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    server.close()
+                    answer(client)
+                    os._exit(0)
+                client.close()
+
+
+if __name__ == "__main__":
+    main()
