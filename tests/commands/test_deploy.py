@@ -103,13 +103,6 @@ def test_a_listing_names_every_file_with_its_size(tmp_path):
 
 
 @pytest.fixture
-def exported_project(tiny_project):
-    tiny_project.run("dvc", "repro", "--quiet", "export")
-    tiny_project.commit("exported")
-    return tiny_project
-
-
-@pytest.fixture
 def hub(tmp_path):
     served = Hub()
     served.storage = tmp_path / "hub"
@@ -145,8 +138,8 @@ def chats(address: str) -> str:
 
 
 @pytest.mark.slow
-def test_deploy(exported_project, hub, tmp_path):
-    project = exported_project
+def test_deploy(finished_project, hub, tmp_path):
+    project = finished_project
 
     def deploy(*arguments: str, check: bool = True, **environment: str):
         settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}

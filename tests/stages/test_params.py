@@ -7,7 +7,7 @@ from dvc.repo import Repo
 
 from stages.common.errors import StageError
 from stages.common.params import load_params, read_params, section_of
-from stages.common.pipeline import paths_of, read_pipeline
+from stages.common.pipeline import read_pipeline
 from stages.common.schema import SECTIONS, FetchParams, MergeParams, Params
 from tests.support.project import RECIPE, ROOT, ships
 
@@ -267,38 +267,20 @@ ANOTHER = {
 }
 
 
-@pytest.fixture
-def committed_project(tiny_project):
-    """A project that DVC believes to be up to date: every output is there, and recorded in dvc.lock."""
-    folder = tiny_project.folder
-    for stage in PIPELINE.values():
-        for out in paths_of([*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]):
-            path = folder / out
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix:
-                path.write_text("{}\n")
-            else:
-                path.mkdir()
-                for name in ("source.json", "training.json"):  # what stages depend on inside another's output
-                    (path / name).write_text(f"{path.name}\n")
-    tiny_project.run("dvc", "commit", "--force", "--quiet")
-    assert tiny_project.run("dvc", "status", "--json").stdout.strip() == "{}"
-    return tiny_project
-
-
 @pytest.mark.slow
-def test_each_key_reruns_its_stages_and_no_others(committed_project, monkeypatch):
+def test_each_key_reruns_its_stages_and_no_others(finished_project, monkeypatch):
     assert sorted(k for keys in ANOTHER.values() for k in keys) == sorted(Params.model_fields)
-    monkeypatch.chdir(committed_project.folder)
-    path = committed_project.folder / "params.yaml"
+    monkeypatch.chdir(finished_project.folder)
+    assert Repo().status() == {}
+    path = finished_project.folder / "params.yaml"
     before = path.read_bytes()
     for stages, keys in ANOTHER.items():
         for key, value in keys.items():
-            committed_project.set(**{key: value})
+            finished_project.set(**{key: value})
             assert sorted(Repo().status()) == sorted(stages.split()), key
             path.write_bytes(before)
     # A comment and a docstring are no change.
     path.write_bytes(b"# another comment\n" + before)
-    code = committed_project.folder / "stages/common/params.py"
+    code = finished_project.folder / "stages/common/params.py"
     code.write_text(code.read_text(encoding="utf-8").replace('"""', '"""Another word. ', 1), encoding="utf-8")
     assert Repo().status() == {}

@@ -44,6 +44,7 @@ NOT_IMPORTED = {
     "mypy": "a command-line tool",
     "onnx-ir": "onnxruntime-genai's builder imports it",
     "pytest-timeout": "a plug-in of pytest",
+    "pytest-xdist": "a plug-in of pytest",
     "ruff": "a command-line tool",
 }
 
@@ -230,7 +231,8 @@ def test_every_import_is_in_requirements():
 def test_every_requirement_is_imported_or_has_a_reason():
     distributions = packages_distributions()
     imported = {canonicalize_name(d) for name in imported_packages() for d in distributions.get(name, [name])}
-    assert requirements() - imported == NOT_IMPORTED.keys()
+    assert requirements() - imported <= NOT_IMPORTED.keys()
+    assert not NOT_IMPORTED.keys() & imported
 
 
 def test_every_requirement_is_locked():
