@@ -7,6 +7,8 @@ NAME ?=
 PORT ?= 7860
 SPACE ?=
 DRY ?=
+# Tests in two processes; those that share an expensive fixture stay together (GROUPS in tests/conftest.py).
+PARALLEL := --numprocesses 2 --dist loadgroup
 
 # Stages are run as plain `python`, also in folders of queued experiments: the environment comes first on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -45,13 +47,13 @@ deploy: setup  ## Publish model and Space (DRY=1 only lists): make deploy SPACE=
 	@$(PY) -m commands deploy "$(SPACE)" $(if $(DRY),--dry)
 
 test: setup  ## Set up and run all tests.
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(PARALLEL)
 
 test-long: setup  ## Set up and run the longest tests: kills, full disks, runs from nothing (an hour).
 	@$(PY) -m pytest -m long
 
 test-fast: setup  ## Set up and run the tests that take no more than a minute together.
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow" $(PARALLEL)
 
 lint: setup  ## Check style (ruff) and types (mypy).
 	@$(PY) -m ruff check .

@@ -26,6 +26,11 @@ class Hub:
     """Repositories as (kind, "owner/name") -> (commit, folder), and what to do wrong with them."""
 
     def __init__(self) -> None:
+        self.address = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all repositories, faults and requests."""
         self.repositories: dict[tuple[str, str], tuple[str, Path]] = {}
         self.gated: set[str] = set()
         self.private: set[str] = set()  # and nobody has a token for them
@@ -33,7 +38,6 @@ class Hub:
         self.busy: Counter[str] = Counter()  # files whose next downloads are answered 503, by name
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
-        self.address = ""
         self.storage = Path()  # where repositories that clients make are kept
         self.users: dict[str, str] = {}  # token -> who it belongs to; one may write only to repositories of one's own
         self.blobs: dict[str, bytes] = {}  # LFS objects, by SHA-256

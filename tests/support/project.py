@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ TINY = {
 }
 
 
+COMMITTED = "2024-11-20T12:00:00"
 COPIED = (
     "Makefile",
     "dvc.yaml",
@@ -103,6 +105,7 @@ class Project:
     def __init__(self, folder: Path, python: Path = Path(sys.executable)) -> None:
         self.folder = folder
         self.python = python
+        self.seconds: dict[str, float] = {}  # that each stage of its run took
 
     @classmethod
     def new(cls, folder: Path) -> "Project":
@@ -129,7 +132,9 @@ class Project:
     def git(self, *args: str) -> str:
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
         command = ["git", *identity, *args]
-        return subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True).stdout
+        # An old date: DVC shows the day, which is longer than the hour of a commit of today.
+        env = {**os.environ, "GIT_AUTHOR_DATE": COMMITTED, "GIT_COMMITTER_DATE": COMMITTED}
+        return subprocess.run(command, cwd=self.folder, env=env, check=True, capture_output=True, text=True).stdout
 
     def commit(self, text: str) -> None:
         self.git("add", "--all")
@@ -208,8 +213,23 @@ def set_params(folder: Path, **values) -> None:
         yaml.dump(params, file)
 
 
+def timed_repro(project: Project, *target: str) -> tuple[str, dict[str, float]]:
+    """What `make all` runs: its output, and the seconds each stage took, DVC's work after it included, in order."""
+    began: dict[str, float] = {}
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = project.start("commands", "repro", *target, output=output)
+        while process.poll() is None:
+            for stage in stages_run(Path(output.name).read_text(encoding="utf-8")):
+                began.setdefault(stage, time.monotonic())
+            time.sleep(0.05)
+        said = Path(output.name).read_text(encoding="utf-8")
+    assert process.returncode == 0, said[-4000:]
+    ends = [*list(began.values())[1:], time.monotonic()]
+    return said, {stage: end - start for (stage, start), end in zip(began.items(), ends, strict=True)}
+
+
 def make_tiny(project: Project, tiny_llama: Path) -> Project:
-    """Give `project` a tiny Llama and 40 small trees, so that a whole `dvc repro` takes a minute."""
+    """Give `project` a tiny Llama and 40 small trees, so that a complete `dvc repro` takes a minute or two."""
     shutil.copytree(tiny_llama, project.folder / "data/local/tiny")
     write_jsonl(project.folder / "data/local/trees.jsonl", small_trees(40))
     project.set(**TINY)

@@ -1,10 +1,11 @@
-"""Bad input, as one table: each case is one line that says what, where and how to mend it, and nothing is half-written.
+"""Bad input, as one table: each case is one line that says what, where and how to fix it, and nothing is half-written.
 
-Every case runs the `main()` of its stage as `python -m stages.NAME` does, over a small project whose earlier outputs
+Every case runs its stage as `python -m stages NAME` does, in this process, over a small project whose earlier outputs
 must stay as they are.
 """
 
 import gzip
+import importlib
 import json
 import re
 import shutil
@@ -13,60 +14,40 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from stages.common.artifacts import digest_files
-from stages.common.errors import run_stage
-from tests.support.project import RECIPE, ROOT, TINY
+from stages.common.entry import run as run_entry
+from stages.common.machine import Machine
+from tests.support.project import PIPELINE, RECIPE, ROOT, TINY, outputs_of, set_params
 from tests.support.rows import message, small_trees, write_jsonl
 
 OLD = "of an earlier run\n"
-OUTPUTS = {
-    "fetch": ["data/raw", "models/base"],
-    "prepare": ["data/prepared", "reports/funnel.json"],
-    "tokenize": ["data/tokenized", "reports/tokens.json"],
-    "train": ["models/adapter", "reports/loss"],
-    "merge": ["models/merged"],
-    "evaluate": ["reports/samples.md", "reports/metrics.json", "reports/conversations.csv"],
-    "export": ["models/onnx", "reports/export.json"],
-    "summary": [],
-}
 # What tells a user where to turn: a path or key to correct, or a command to run.
-HOW_TO_MEND = re.compile(
-    r"dvc repro|make all|in params\.yaml|recipe|Mend|Correct|[Ss]et |Put |[Rr]aise|Move|Choose|[Ll]oosen|Delete|Copy"
-    r"|must (be|have|match) |see the table"
+HOW_TO_FIX = re.compile(
+    r"dvc repro|make all|in params\.yaml|recipe|Fix|Correct|[Ss]et |Put |[Rr]aise|Move|Choose|[Ll]oosen|Delete|Copy"
+    r"|must (be|have|match) |see the table|did you mean |use one of: "
 )
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty project with the small recipe, in which the test runs."""
-    for name in ("dvc.yaml", "stages/templates"):
-        target = tmp_path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, target)
+    shutil.copytree(ROOT / "stages/templates", tmp_path / "stages/templates")
+    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
     set_params(tmp_path, **TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 
 
-def set_params(folder, **values) -> None:
-    from ruamel.yaml import YAML
-
-    yaml, path = YAML(), folder / "params.yaml"
-    params = yaml.load((path if path.exists() else RECIPE).read_text(encoding="utf-8"))
-    params.update(values)
-    with path.open("w", encoding="utf-8") as file:
-        yaml.dump(params, file)
-
-
-def run(stage: str) -> None:
-    """The stage as the command line runs it, in this process."""
-    import importlib
-
+def run(name: str) -> None:
+    """A stage, or the command of this name, in this process."""
     before = signal.getsignal(signal.SIGTERM)
     try:
-        run_stage(importlib.import_module(f"stages.{stage}").main)
+        run_entry(f"{'stages' if name in PIPELINE else 'commands'}.{name}", lock=name)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -77,7 +58,7 @@ def everything_made() -> str:
 
 def refused(stage: str, capsys) -> str:
     """The stage's one error line; asserts that it exits with 1, and that its earlier outputs are as they were."""
-    for name in OUTPUTS[stage]:
+    for name in outputs_of(stage):
         out = Path(name)
         if out.suffix:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +71,7 @@ def refused(stage: str, capsys) -> str:
         run(stage)
     said = str(stopped.value.code)  # Python prints it, and exits with 1
     assert said.startswith("error: ") and len(said.splitlines()) == 1, said
-    assert len(said) < 700 and HOW_TO_MEND.search(said), said
+    assert len(said) < 700 and HOW_TO_FIX.search(said), said
     assert "Traceback" not in capsys.readouterr().err
     shutil.rmtree("models/checkpoints", ignore_errors=True)
     assert everything_made() == before
@@ -148,18 +129,18 @@ def test_a_data_file_that_cannot_be_read(case, folder, capsys):
 # A row beside 400 good ones, and what is said of it when no bad row is allowed.
 BAD_ROWS = {
     "no id": ({"message_id": None}, "message_id is missing"),
-    "an id that is a number": ({"message_id": 5}, "message_id is 5, not a text"),
-    "an id that is a list": ({"message_id": ["a"]}, "message_id is ['a'], not a text"),
+    "an id that is a number": ({"message_id": 5}, "message_id is 5, not a string"),
+    "an id that is a list": ({"message_id": ["a"]}, "message_id is ['a'], not a string"),
     "no text": ({"text": None}, "text is missing"),
-    "a text that is a number": ({"text": 1.5}, "text is 1.5, not a text"),
-    "a text that is an object": ({"text": {"en": "hi"}}, "text is {'en': 'hi'}, not a text"),
-    "a text of typed blocks": ({"text": [{"type": "text", "text": "hi"}]}, "not a text"),
+    "a text that is a number": ({"text": 1.5}, "text is 1.5, not a string"),
+    "a text that is an object": ({"text": {"en": "hi"}}, "text is {'en': 'hi'}, not a string"),
+    "a text of typed blocks": ({"text": [{"type": "text", "text": "hi"}]}, "not a string"),
     "no role": ({"role": None}, "role is missing"),
     "an unknown role": ({"role": "moderator"}, "role is 'moderator', neither"),
-    "a role that is a number": ({"role": 1}, "role is 1, not a text"),
+    "a role that is a number": ({"role": 1}, "role is 1, not a string"),
     "a role in capitals": ({"role": "Assistant"}, "role is 'Assistant', neither"),
-    "a parent that is a number": ({"parent_id": 7}, "parent_id is 7, not a text"),
-    "a parent that is a list": ({"parent_id": ["t1"]}, "parent_id is ['t1'], not a text"),
+    "a parent that is a number": ({"parent_id": 7}, "parent_id is 7, not a string"),
+    "a parent that is a list": ({"parent_id": ["t1"]}, "parent_id is ['t1'], not a string"),
     "a NUL in the text": ({"text": "a\0b"}, "text holds a NUL character"),
     "a NUL in the id": ({"message_id": "a\0"}, "message_id holds a NUL character"),
     "a lone surrogate in the text": ({"text": "a\ud83d"}, "text holds half of a surrogate pair"),
@@ -179,7 +160,7 @@ BAD_ROWS = {
     "a number without end": (b'{"rank": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
     "an empty conversation": (b'{"messages": []}', "text is missing"),
     "a conversation of texts": (b'{"messages": ["hi", "yo"]}', "role is missing|text is missing"),
-    "an answer that is no text": (b'{"instruction": "add", "output": 3}', "text is 3, not a text"),
+    "an answer that is no text": (b'{"instruction": "add", "output": 3}', "text is 3, not a string"),
     "a tree without a message": (b'{"prompt": {}, "message_tree_id": "x"}', "message_id is missing"),
     "replies that are texts": (
         b'{"prompt": {"message_id": "x", "text": "?", "role": "prompter", "replies": ["yes"]}}',
@@ -212,7 +193,7 @@ def test_a_bad_row_is_counted_and_skipped_up_to_the_bound(case, folder, good_row
     set_params(folder, max_bad_rows=0)
     line = refused("prepare", capsys)
     assert "x.jsonl line 401: " in line and any(words in line for words in said.split("|")), line
-    assert re.search(r"[12] of 40[12] rows are no messages, more than max_bad_rows, 0", line)
+    assert re.search(r"[12] of 40[12] rows are not messages, more than max_bad_rows, 0", line)
 
 
 # Rows that are odd, but no reason to stop, however many there are: what the funnel says of them.
@@ -426,49 +407,28 @@ def test_a_source_that_is_not_as_named(case, folder, tiny_llama, capsys):
 # What a stage finds of the stages before it ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_llama):
-    """A project in which every stage has run once; copied for each case."""
-    import os
-
-    folder = tmp_path_factory.mktemp("made") / "project"
-    (folder / "stages").mkdir(parents=True)
-    shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
-    for name in ("templates", "common", "train.py", "checkpoints.py"):
-        source = ROOT / "stages" / name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / "stages" / name)
-    shutil.copytree(tiny_llama, folder / "data/local/tiny")
-    write_jsonl(folder / "data/local/trees.jsonl", small_trees(40))
-    set_params(folder, **TINY)
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        for stage in ("fetch", "prepare", "tokenize", "train", "merge", "evaluate"):
-            run(stage)
-    finally:
-        os.chdir(before)
+@pytest.fixture
+def made(finished, tmp_path, monkeypatch):
+    """A copy of the finished project, in which the test runs."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished.folder, folder, ignore=shutil.ignore_patterns(".git", ".dvc", ".home"))
+    monkeypatch.chdir(folder)
     return folder
 
 
 def other_vocabulary(base) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([f"<new{i}>" for i in range(5000)])
     tokenizer.save_pretrained(base)
 
 
 def without_a_weight(file) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(file)
     weights.pop(sorted(weights)[-1])
     save_file(weights, file, metadata={"format": "pt"})
 
 
 def with_infinite_norm(file) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(file)
     weights["model.norm.weight"].fill_(float("inf"))
     save_file(weights, file, metadata={"format": "pt"})
@@ -479,8 +439,6 @@ def unpickled(adapter) -> None:
 
 
 def of_another_base(adapter) -> None:
-    from safetensors.torch import load_file, save_file
-
     file = adapter / "adapter_model.safetensors"
     save_file({n: w.repeat(1, 2) if "lora_A" in n else w for n, w in load_file(file).items()}, file)
 
@@ -546,7 +504,7 @@ STATES = {
     "base, of other sizes": (
         "train",
         lambda p: edit_json(p / "models/base/config.json", intermediate_size=96),
-        "by config.json [64, 96]: they are of two models",
+        "by config.json [64, 96]: they belong to two models",
     ),
     "adapter, its record gone": ("merge", unlink("models/adapter/training.json"), "training.json is missing"),
     "adapter, its record edited": ("merge", rewrite("models/adapter/training.json", "{}"), "has no params"),
@@ -575,22 +533,20 @@ STATES = {
     "export: merged, gone": ("export", lambda p: shutil.rmtree(p / "models/merged"), "holds no tokenizer"),
     "export: merged, truncated": ("export", lambda p: truncate(p / "models/merged/model.safetensors"), "is damaged"),
     "export: held-out part, without a column": ("export", drop_column(TOKENIZED, "length"), "has no length"),
-    "metrics, edited": ("summary", rewrite("reports/metrics.json", "{}"), "has no held_out"),
-    "metrics, gone": ("summary", unlink("reports/metrics.json"), "metrics.json is missing"),
-    "samples, gone": ("summary", unlink("reports/samples.md"), "samples.md is missing"),
-    "no run yet": ("summary", lambda p: None, "nothing was made yet"),
+    "figures, edited": ("summary", rewrite("reports/evaluation.json", "{}"), "has no held_out"),
+    "figures, gone": ("summary", unlink("reports/evaluation.json"), "evaluation.json is missing"),
+    "figures of the export, gone": ("summary", unlink("reports/exported.json"), "exported.json is missing"),
+    "samples, gone": ("summary", unlink("reports/samples.json"), "samples.json is missing"),
+    "no run yet": ("summary", unlink("dvc.lock"), "nothing was made yet"),
     "dvc.lock, cut off": ("summary", rewrite("dvc.lock", "schema: '2.0'\nstages: {a: ["), "dvc.lock is damaged"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STATES)
-def test_what_a_stage_finds_of_the_stages_before_it(case, made, tmp_path, monkeypatch, capsys):
+def test_what_a_stage_finds_of_the_stages_before_it(case, made, capsys):
     stage, damage, said = STATES[case]
-    folder = tmp_path / "project"
-    shutil.copytree(made, folder)
-    monkeypatch.chdir(folder)
-    damage(folder)
+    damage(made)
     line = refused(stage, capsys)
     assert said in line, line
 
@@ -599,17 +555,18 @@ def test_what_a_stage_finds_of_the_stages_before_it(case, made, tmp_path, monkey
 @pytest.mark.parametrize(
     "stage, said", [("train", "adapter take"), ("merge", "merging takes"), ("export", "exporting takes at least")]
 )
-def test_a_stage_that_the_machine_cannot_do_says_so_first(stage, said, made, tmp_path, monkeypatch, capsys):
-    import importlib
-
-    from stages.common.machine import Machine
-
-    shutil.copytree(made, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
+def test_a_stage_that_the_machine_cannot_do_says_so_first(stage, said, made, monkeypatch, capsys):
     small = Machine(cores=2, memory=64 << 20, disk=1 << 40, gpu=None)
     monkeypatch.setattr(importlib.import_module(f"stages.{stage}"), "this_machine", lambda: small)
     line = refused(stage, capsys)
     assert said in line and "and this machine has 0.1 GiB" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which trains in float16")
+def test_the_reference_recipes_precision_is_refused_without_a_gpu(made, capsys):
+    set_params(made, fp16=True)
+    assert refused("train", capsys).startswith("error: fp16: true: needs a CUDA GPU")
 
 
 def test_the_table_is_long():

@@ -15,7 +15,7 @@ CURVES = [f"reports/loss/{split}.csv" for split in ("train", "validation")]
 
 
 def test_every_stage_ran_once_in_order(finished):
-    assert stages_run((finished.folder / ".home/first.txt").read_text(encoding="utf-8")) == STAGES
+    assert list(finished.seconds) == STAGES
 
 
 def test_the_metrics_are_a_few_numbers_taken_from_the_figures(finished):

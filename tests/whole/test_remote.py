@@ -4,13 +4,12 @@ import subprocess
 from urllib.request import Request, urlopen
 
 import pytest
-from test_params import committed_project  # noqa: F401
 
 from stages.common.artifacts import digest_files
-from tests.support.project import Project
+from tests.support.project import STAGES, Project, outputs_of
 
 pytestmark = pytest.mark.slow
-MADE = ["data/raw", "data/prepared", "data/tokenized", "models/base", "models/adapter", "models/merged", "reports"]
+MADE = [path for stage in STAGES for path in outputs_of(stage)]
 KEYS = {
     "AWS_ACCESS_KEY_ID": "AKIATEST",
     "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-test",
@@ -32,20 +31,17 @@ def s3():
     server.stop()
 
 
-def test_who_pulls_has_nothing_to_run(committed_project, s3, tmp_path):  # noqa: F811
-    ours = committed_project
+def test_who_pulls_has_nothing_to_run(finished_project, s3, tmp_path):
+    ours = finished_project
     ours.run("dvc", "remote", "add", "--default", "team", "s3://team/chat")
     ours.run("dvc", "remote", "modify", "team", "endpointurl", s3)
     ours.commit("a remote")
     pushed = ours.run("dvc", "push", **KEYS)
     assert "pushed" in pushed.stdout
-    for secret in KEYS.values():
-        assert (
-            secret not in pushed.stdout + pushed.stderr + (ours.folder / ".dvc/config").read_text() or secret == "true"
-        )
+    written = pushed.stdout + pushed.stderr + (ours.folder / ".dvc/config").read_text()
+    assert not [secret for name, secret in KEYS.items() if "KEY" in name and secret in written]
 
-    theirs = Project.__new__(Project)
-    theirs.folder = tmp_path / "another clone"
+    theirs = Project(tmp_path / "another clone")
     subprocess.run(["git", "clone", "--quiet", ours.folder, theirs.folder], check=True)
     assert not (theirs.folder / "models/adapter").exists()
     theirs.run("dvc", "pull", **KEYS)
@@ -55,9 +51,10 @@ def test_who_pulls_has_nothing_to_run(committed_project, s3, tmp_path):  # noqa:
     assert made[0] == made[1]
 
 
+# Long: DVC's own refusal, which no code of this project shapes.
 @pytest.mark.long
-def test_without_keys_it_is_refused_and_nothing_is_lost(committed_project, s3):  # noqa: F811
-    ours = committed_project
+def test_without_keys_it_is_refused_and_nothing_is_lost(finished_project, s3):
+    ours = finished_project
     ours.run("dvc", "remote", "add", "--default", "team", "s3://team/chat")
     ours.run("dvc", "remote", "modify", "team", "endpointurl", s3)
     before = digest_files([ours.folder / name for name in MADE])
