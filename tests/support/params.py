@@ -77,7 +77,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "train evaluate": {"per_device_eval_batch_size": 2, "seed": 7},
     "merge": {"merge_base": "dequantized", "merge_dtype": "bfloat16", "merge_max_logit_diff": 1.0},
     "evaluate": {
-        "eval_dtype": "bfloat16",
+        "eval_dtype": "float16",
         "bootstrap_samples": 300,
         "sample_prompts": ["Hello?"],
         "stop_prompts": 1,
