@@ -11,7 +11,6 @@ import io
 import re
 import sys
 import textwrap
-import types
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -57,8 +56,7 @@ def may_be_a_list(key: str) -> bool:
     def listed(kind: Any) -> bool:
         return get_origin(kind) is list or any(listed(part) for part in get_args(kind))
 
-    kind = Params.model_fields[key].annotation
-    return listed(kind) if get_origin(kind) in (list, types.UnionType) else False
+    return listed(Params.model_fields[key].annotation)
 
 
 def reasons(text: str) -> dict[str, str]:
@@ -73,7 +71,7 @@ def reasons(text: str) -> dict[str, str]:
             above.append(comment.strip())
         elif key := re.match(r"(\w+):", code):
             if note := NOTE.search(" ".join([*above, comment.strip()])):
-                found[key[1]] = note["reason"]
+                found[key[1]] = note["reason"].strip()
             above = []
     return found
 

@@ -9,6 +9,7 @@ from stages.common.errors import StageError
 from stages.common.params import load_params, read_params, section_of
 from stages.common.pipeline import read_pipeline
 from stages.common.schema import SECTIONS, FetchParams, MergeParams, Params
+from tests.support.params import OTHER_VALUES
 from tests.support.project import RECIPE, ROOT, ships
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -192,89 +193,14 @@ def test_every_key_belongs_to_a_stage_and_dvc_yaml_keeps_one_order():
         assert list(stage) == [key for key in order if key in stage]
 
 
-# What a change of each key must rerun, written again by hand: its first stages; those after them follow.
-ANOTHER = {
-    "fetch": {
-        "base_model": "file:data/local/other",
-        "base_model_revision": "sha256:" + "0" * 64,
-        "dataset": "file:data/local/other.jsonl",
-        "dataset_revision": "sha256:" + "0" * 64,
-    },
-    "prepare": {
-        "dataset_weights": [0.5],
-        "max_bad_rows": 0.5,
-        "threads": "all",
-        "tree_states": [],
-        "languages": ["de"],
-        "min_quality": 0.5,
-        "max_toxicity": 0.5,
-        "allow_synthetic": False,
-        "require_review": False,
-        "min_turns": 2,
-        "max_turns": 3,
-        "max_similarity": 0.8,
-        "validation_fraction": 0.2,
-        "split_seed": 7,
-    },
-    "prepare evaluate": {"system_prompt": "Be brief."},
-    "tokenize": {"chat_template": "model", "max_length": 64},
-    "train": {
-        "load_in_4bit": False,
-        "bnb_4bit_quant_type": "fp4",
-        "bnb_4bit_use_double_quant": False,
-        "attn_implementation": "eager",
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "target_modules": ["q_proj"],
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 5,
-        "optim": "adamw_torch",
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "linear",
-        "warmup_ratio": 0.5,
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "fp16": True,
-        "bf16": True,
-        "gradient_checkpointing": True,
-        "train_sampling_strategy": "random",
-        "logging_steps": 2,
-        "save_steps": 1,
-        "save_total_limit": 1,
-        "eval_steps": 1,
-    },
-    "train evaluate": {"per_device_eval_batch_size": 2, "seed": 7},
-    "merge": {"merge_base": "dequantized", "merge_dtype": "bfloat16", "merge_max_logit_diff": 1.0},
-    "evaluate": {
-        "eval_dtype": "bfloat16",
-        "bootstrap_samples": 300,
-        "sample_prompts": ["Hello?"],
-        "stop_prompts": 1,
-        "max_new_tokens": 4,
-    },
-    "export": {
-        "export_precision": "fp32",
-        "export_method": "k_quant",
-        "export_block_size": 64,
-        "export_symmetric": True,
-        "export_accuracy_level": 1,
-        "export_int8_layers": [],
-        "export_max_perplexity_increase": 0.5,
-        "export_base": False,
-    },
-}
-
-
 @pytest.mark.slow
 def test_each_key_reruns_its_stages_and_no_others(finished_project, monkeypatch):
-    assert sorted(k for keys in ANOTHER.values() for k in keys) == sorted(Params.model_fields)
+    assert sorted(k for keys in OTHER_VALUES.values() for k in keys) == sorted(Params.model_fields)
     monkeypatch.chdir(finished_project.folder)
     assert Repo().status() == {}
     path = finished_project.folder / "params.yaml"
     before = path.read_bytes()
-    for stages, keys in ANOTHER.items():
+    for stages, keys in OTHER_VALUES.items():
         for key, value in keys.items():
             finished_project.set(**{key: value})
             assert sorted(Repo().status()) == sorted(stages.split()), key
