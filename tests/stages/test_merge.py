@@ -12,7 +12,7 @@ from stages.common.cards import model_card
 from stages.common.errors import StageError
 from stages.common.model_files import check_targets, load_config
 from stages.common.models import load_model
-from stages.merge import check_difference, mean_difference, merge_adapter, merge_attention, probe_logits
+from stages.merge import check_difference, mean_difference, merge_adapter, merge_attention, probe_logits, trained_with
 from tests.support.params import train_params
 from tests.support.project import TINY
 from tests.support.training import load_tiny, tokenizer_of
@@ -60,6 +60,15 @@ def test_an_adapter_of_another_model_is_refused(adapter, tiny_llama, tiny_phi):
     other = tiny_phi if adapter.base == tiny_llama else tiny_llama
     with pytest.raises(StageError, match=f"does not fit {other}"):
         merge(adapter, "original", other)
+
+
+@pytest.mark.parametrize("values", [{}, [], "x", {"lora_r": "16"}])
+def test_a_record_of_no_training_is_one_line(values):
+    with pytest.raises(
+        StageError, match="training.json holds no parameters of a training .* `dvc repro train`"
+    ) as error:
+        trained_with(values, Path("models/adapter/training.json"))
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_merging_computes_in_float32_whatever_kernel_trained():
