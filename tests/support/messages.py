@@ -7,47 +7,51 @@ from typing import NamedTuple
 
 from tests.support.project import ROOT
 
-# Where lines for users are made. Others raise a ValueError for their callers alone.
-RAISED = ("StageError", "sys.exit")
-SOURCES = ROOT / "stages/common/sources.py"  # a ValueError there is shown as the line of a parameter
-PARAMS = ROOT / "stages/common/params.py"  # its rules return the line of a parameter
-FILES = sorted([*(ROOT / "stages").rglob("*.py"), *(ROOT / "commands").rglob("*.py"), *(ROOT / "space").rglob("*.py")])
+# An exception of these types ends as a line for the user, wherever it is raised.
+RAISED = {"StageError", "sys.exit", "FileNotFoundError"}
+# Files whose ValueError does, too: a wrong source is the line of a parameter, a damaged model the chat app's.
+VALUE_ERRORS = {ROOT / "stages/common/sources.py", ROOT / "space/chatapp/engine/exported_model.py"}
+# Its rules return the line of a parameter.
+PARAMS = ROOT / "stages/common/params.py"
+MIN_WORDS = 8  # characters: a line with fewer fixed ones shows another error's words
 
 
 class Message(NamedTuple):
-    """The longest fixed part of an error line, and where it is made."""
+    """An error line with … for what varies, and where it is made."""
 
     words: str
     where: str
 
 
-def fixed_words(node: ast.expr) -> str:
-    """The longest part of a string or f-string that is always the same; empty for anything else."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return max(fixed_words(node.left), fixed_words(node.right), key=len)
-    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-    texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-    return " ".join(max(texts, key=len, default="").split())
+def words_of(node: ast.expr) -> str:
+    """A string or f-string with … for its variable parts; … for anything else."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(words_of(part) for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return words_of(left) + words_of(right)
+        case ast.IfExp(body=body):
+            return words_of(body)
+    return "…"
 
 
 def _lines_of(path: Path) -> Iterator[ast.expr]:
-    raised = (*RAISED, "ValueError") if path == SOURCES else RAISED
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    raised = RAISED | ({"ValueError"} if path in VALUE_ERRORS else set())
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in raised and node.args:
             yield node.args[0]
-        if path == PARAMS and isinstance(node, ast.FunctionDef) and node.returns is not None:
-            if ast.unparse(node.returns) == "str | None":
-                for returned in (n.value for n in ast.walk(node) if isinstance(n, ast.Return)):
-                    if returned is not None:
-                        yield from [returned.body] if isinstance(returned, ast.IfExp) else [returned]
+        elif path == PARAMS and isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or node) == "str | None":
+            yield from (n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None)
 
 
 def messages() -> list[Message]:
-    """All error lines in stages/, commands/ and space/ that hold fixed words of their own, by file and line."""
+    """All error lines that stages/, commands/ and space/ make, by file and line."""
     found = []
-    for path in FILES:
+    for path in sorted(path for folder in ("stages", "commands", "space") for path in (ROOT / folder).rglob("*.py")):
         for node in sorted(_lines_of(path), key=lambda node: node.lineno):
-            if len(words := fixed_words(node)) > 2:
+            words = " ".join(words_of(node).removeprefix("error: ").split())
+            if len(words.replace("…", "").strip()) >= MIN_WORDS:
                 found.append(Message(words, f"{path.relative_to(ROOT)}:{node.lineno}"))
     return found
