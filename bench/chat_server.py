@@ -1,4 +1,4 @@
-"""The chat app as a user starts it, in a process of its own, on a free port of loopback. For benchmarks and tests."""
+"""Start the chat app as a user does: in its own process, on a free port of loopback. For benchmarks and tests."""
 
 import subprocess
 import sys
@@ -10,28 +10,34 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
-START = 120  # seconds that it may take, with a large model on a busy machine
+TIMEOUT_START = 120  # seconds; enough for a large model on a busy machine
 
 
 @contextmanager
 def chat_server(models: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Serve the exported models in `models`; gives the address (http://…) and the process, and ends it."""
+    """Serve the exported models in `models`. Gives the address (http://…) and the process, and ends the process."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "space/app.py", "--models", models, "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
     try:
-        address = next((word for word in process.stdout.readline().split() if word.startswith("http")), None)
+        address = printed_address(process)
         if address is None:
-            sys.exit("error: the chat app did not start")  # it has said why
-        wait_until(lambda: answers(address), START)
+            sys.exit("error: the chat app did not start")  # the app has printed the reason
+        wait_until(lambda: answers(address), TIMEOUT_START)
         yield address, process
     finally:
         process.terminate()
         process.wait(30)
-        process.stdout.close()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def printed_address(process: subprocess.Popen) -> str | None:
+    """The page's address in the app's first line, or None when the app ended without one."""
+    assert process.stdout is not None
+    return next((word for word in process.stdout.readline().split() if word.startswith("http")), None)
 
 
 def answers(address: str) -> bool:
@@ -42,16 +48,16 @@ def answers(address: str) -> bool:
 
 
 def idle(address: str) -> bool:
-    """Whether nobody waits for the model, and it does nothing."""
+    """Whether the model does nothing and no request waits for it."""
     state = httpx.get(f"{address}/health", timeout=30).json()
     return (state["running"], state["waiting"]) == (0, 0)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 120) -> float:
-    """Wait until `condition()` holds; returns the seconds that took. Raises TimeoutError."""
+    """Wait until `condition()` is true; return the seconds that it took. Raises TimeoutError."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() - began > seconds:
-            raise TimeoutError(f"waited {seconds} s in vain")
+            raise TimeoutError(f"the condition was not true within {seconds} s")
         time.sleep(0.02)
     return time.monotonic() - began

@@ -1,26 +1,26 @@
-"""Decoding speed of the exported model beside what a user would else run: transformers on the merged model in float32.
+"""Compare the decoding speed of the exported model with transformers on the merged model in float32.
 
-Both answer the same prompts greedily, on the same CPUs, in turns within one run, so that a busy machine slows both;
-medians of tokens a second, first token left out. Run: `python -m bench.decode` (2 minutes); `--tokens`, `--repeats`
+Both answer the same prompts greedily, on the same CPUs and in turns, so that a busy machine slows both. The figures are
+medians of tokens a second, without the first token. Run: `python -m bench.decode` (2 minutes); `--tokens`, `--repeats`
 """
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "space"))  # the chat app is no package: it runs from its own folder
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from bench.chat_server import ROOT
+from chatapp.engine import Engine, Sampling
 
 PROMPTS = ("Tell me a story about a fox.", "How do I grow tomatoes?", "What makes a good friend?")
 
 
 def exported(tokens: int) -> Callable[[str], float]:
-    """A function that answers a prompt by the exported model and returns tokens a second."""
-    from engine import Engine, Sampling
-
+    """A function that answers a prompt with the exported model and returns tokens a second."""
     engine = Engine(ROOT / "models/onnx/tuned")
 
     def answer(prompt: str) -> float:
@@ -33,25 +33,24 @@ def exported(tokens: int) -> Callable[[str], float]:
     return answer
 
 
-def transformers_float32(tokens: int) -> Callable[[str], float]:
-    """The same by transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.generation.streamers import BaseStreamer
+class Clock(BaseStreamer):
+    """Notes when each token comes."""
 
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def transformers_float32(tokens: int) -> Callable[[str], float]:
+    """The same with transformers."""
     folder = ROOT / "models/merged"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: object) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
 
     def answer(prompt: str) -> float:
         ids = tokenizer.apply_chat_template(
@@ -60,14 +59,14 @@ def transformers_float32(tokens: int) -> Callable[[str], float]:
         clock = Clock()
         with torch.no_grad():
             model.generate(**ids, max_new_tokens=tokens, do_sample=False, streamer=clock)
-        times = clock.times[1:]  # the first is the prompt
+        times = clock.times[1:]  # the first one is the prompt's
         return (len(times) - 1) / (times[-1] - times[0])
 
     return answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
     chosen = parser.parse_args()

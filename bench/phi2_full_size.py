@@ -26,7 +26,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from bench.chat_server import chat_server, idle, wait_until
-from commands import plan
+from commands import needs, plan
 from stages.common.artifacts import read_json, write_json
 from stages.common.memory import GIB
 from stages.common.params import read_params
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PARAMETERS = 2_779_683_840
 TOKENS = 256
-MOST = 20  # GiB
+MAX_MEMORY = 20  # GiB
 PROMPT_TOKENS, ANSWER_TOKENS = 500, 32  # of the answer by the exported model
 TOLERANCE = 0.15
 # What is changed in the reference recipe: a CPU's precision, short and few conversations.
@@ -114,15 +114,15 @@ class Measured:
     seconds: float
 
 
-def measured(project: Path, module: str, *, kill_when: Path | None = None, must_say: str | None = None) -> Measured:
-    """Run `python -m module` in the project, and measure it.
+def measured(project: Path, stage: str, *, kill_when: Path | None = None, must_say: str | None = None) -> Measured:
+    """Run a stage in the project, and measure it.
 
-    With `kill_when` it is killed as soon as that file is there. Exits with one line if the module fails, ends before it
+    With `kill_when` it is killed as soon as that file is there. Exits with one line if the stage fails, ends before it
     was to be killed, or does not print `must_say`.
     """
     started, killed, most = time.monotonic(), False, 0
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        process = subprocess.Popen([sys.executable, "-m", module], cwd=project, stdout=said)
+        process = subprocess.Popen([sys.executable, "-m", "stages", stage], cwd=project, stdout=said)
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -138,15 +138,17 @@ def measured(project: Path, module: str, *, kill_when: Path | None = None, must_
     print(text, end="", flush=True)
     expected = 0 if kill_when is None else -signal.SIGKILL
     if process.returncode != expected:
-        sys.exit(f"error: {module} ended with status {process.returncode}, not {expected}")
+        sys.exit(f"error: {stage} ended with status {process.returncode}, not {expected}")
     if must_say is not None and must_say not in text:
-        sys.exit(f"error: {module} did not say {must_say!r}")
+        sys.exit(f"error: {stage} did not say {must_say!r}")
     return Measured(usage.ru_maxrss / 1024**2, most / GIB, time.monotonic() - started)
 
 
 def check(rows: list[tuple[str, int, Measured]]) -> None:
     """Exit with a line for each stage that passed the bound or whose plan was not within the tolerance."""
-    wrong = [f"{name}: {m.anonymous:.1f} GiB, more than {MOST}" for name, _, m in rows if m.anonymous > MOST]
+    wrong = [
+        f"{name}: {m.anonymous:.1f} GiB, more than {MAX_MEMORY}" for name, _, m in rows if m.anonymous > MAX_MEMORY
+    ]
     for name, planned, m in rows:
         if abs(planned / GIB / m.peak - 1) > TOLERANCE:
             wrong.append(f"{name}: planned {planned / GIB:.1f} GiB, {m.peak:.1f} measured: not within {TOLERANCE:.0%}")
@@ -205,21 +207,21 @@ def main() -> None:
         print(f"bench: a Phi of {size:,} parameters", flush=True)
         if size != PARAMETERS:
             sys.exit(f"error: phi-2 has {PARAMETERS:,}")
-        measured(project, "stages.prepare")
-        measured(project, "stages.tokenize")
+        measured(project, "prepare")
+        measured(project, "tokenize")
         first = Path("models/checkpoints/*/checkpoint-1/seal.json")
         config = plan.configuration(read_json(project / "models/base/config.json"))
-        planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS)
-        killed = measured(project, "stages.train", kill_when=first)
+        planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
+        killed = measured(project, "train", kill_when=first)
         rows.append(("train, killed after step 1", planned["train"].cpu, killed))
-        resumed = measured(project, "stages.train", must_say="going on from models/checkpoints")
+        resumed = measured(project, "train", must_say="going on from models/checkpoints")
         rows.append(("train, resumed for step 2", planned["train"].cpu, resumed))
         for base in ("original", "dequantized"):
             with (project / "params.yaml").open("w", encoding="utf-8") as file:
                 yaml.dump({**params, **CHANGES, "merge_base": base}, file)
-            planned = plan.peaks(config, read_params(project / "params.yaml"), TOKENS)
-            rows.append((f"merge, {base}", planned["merge"].cpu, measured(project, "stages.merge")))
-        rows.append(("export, int4", planned["export"].cpu, measured(project, "stages.export")))
+            planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
+            rows.append((f"merge, {base}", planned["merge"].cpu, measured(project, "merge")))
+        rows.append(("export, int4", planned["export"].cpu, measured(project, "export")))
         print("\nbench: serving", flush=True)
         served = serve(project / "models/onnx")
     print("\n| stage | planned, GiB | peak memory, GiB | without mapped files, GiB | time, s |")

@@ -11,7 +11,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from bench.phi2_full_size import ROOT, check, measured
-from commands import plan
+from commands import needs, plan
 from stages.common.artifacts import read_json, read_parquet
 from stages.common.memory import GIB
 from stages.common.params import read_params
@@ -23,7 +23,7 @@ def main() -> None:
     )
     config = plan.configuration(read_json(ROOT / "models/base/config.json"))
     splits = (read_parquet(ROOT / f"data/tokenized/{split}.parquet") for split in ("train", "validation"))
-    planned = plan.peaks(config, params, max(int(rows["length"].max()) for rows in splits))
+    planned = needs.peaks(config, params, max(int(rows["length"].max()) for rows in splits))
     rows = []
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         project = Path(folder)
@@ -34,7 +34,7 @@ def main() -> None:
         with (project / "params.yaml").open("w", encoding="utf-8") as file:
             YAML().dump(params.model_dump(), file)
         for stage in ("train", "merge", "evaluate", "export"):
-            rows.append((stage, planned[stage].cpu, measured(project, f"stages.{stage}")))
+            rows.append((stage, planned[stage].cpu, measured(project, stage)))
     print("\n| stage | planned, GiB | measured, GiB | planned / measured |\n| --- | --- | --- | --- |")
     for stage, ours, theirs in rows:
         print(f"| {stage} | {ours / GIB:.2f} | {theirs.peak:.2f} | {ours / GIB / theirs.peak:.2f} |")

@@ -7,6 +7,8 @@ import shutil
 import sys
 from typing import Any
 
+from playwright.sync_api import sync_playwright
+
 from bench.chat_server import ROOT, chat_server
 
 MODELS = ROOT / "models/onnx"
@@ -18,19 +20,19 @@ PHONE: dict[str, Any] = {
     "is_mobile": True,
     "has_touch": True,
 }
-LONGEST_ANSWER = 300_000  # milliseconds
+TIMEOUT_ANSWER = 300_000  # milliseconds
 COMPARED = "My laptop is slow. What should I do first?"
 CHATTED = "How do I boil an egg so that the yolk stays soft?"
 
 
 def chromium() -> str | None:
-    """The path of the system's Chromium, if there is one; Playwright's own need not be downloaded."""
+    """The path of the system's Chromium, if there is one. Nothing downloads Playwright's own."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def settle(page: Any, tokens: int) -> None:
-    """Greedy answers of a length that fits the picture: the same at each run."""
+    """Choose greedy answers of a length that fits the picture: every run gives the same."""
     page.get_by_role("button", name="Settings").click()
     for label, value in (("Temperature", 0), ("Max tokens", tokens)):
         field = page.get_by_role("spinbutton", name=label)
@@ -39,18 +41,16 @@ def settle(page: Any, tokens: int) -> None:
     page.get_by_role("button", name="Settings").click()
 
 
-def answered(page: Any, box: str, prompt: str) -> None:
+def ask(page: Any, box: str, prompt: str) -> None:
     """Ask, and wait until the answer is complete."""
     page.locator(f"#{box} textarea").fill(prompt)
     page.locator(f"#{box} textarea").press("Enter")
     page.locator(f"#{box}").get_by_role("button", name="Stop").wait_for()
-    page.locator(f"#{box}").get_by_role("button", name="Send").wait_for(timeout=LONGEST_ANSWER)
-    page.wait_for_timeout(500)  # until it has scrolled
+    page.locator(f"#{box}").get_by_role("button", name="Send").wait_for(timeout=TIMEOUT_ANSWER)
+    page.wait_for_timeout(500)  # until the page has scrolled
 
 
 def main() -> None:
-    from playwright.sync_api import sync_playwright
-
     if (executable := chromium()) is None:
         sys.exit("error: no chromium on PATH. Install it (Debian: apt-get install chromium).")
     DOCS.mkdir(exist_ok=True)
@@ -60,15 +60,15 @@ def main() -> None:
         page.goto(address)
         settle(page, 80)
         page.get_by_role("tab", name="Compare").click()
-        answered(page, "compare-box", COMPARED)
+        ask(page, "compare-box", COMPARED)
         page.screenshot(path=DOCS / "compare.png")
         page = browser.new_context(**PHONE).new_page()
         page.goto(address)
         settle(page, 56)
-        answered(page, "chat-box", CHATTED)
+        ask(page, "chat-box", CHATTED)
         page.screenshot(path=DOCS / "phone.png")
         browser.close()
-    print(f"{DOCS / 'compare.png'} and {DOCS / 'phone.png'} are new: look at them")
+    print(f"{DOCS / 'compare.png'} and {DOCS / 'phone.png'} are new. Look at them.")
 
 
 if __name__ == "__main__":

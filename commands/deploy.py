@@ -1,8 +1,9 @@
 """Publish the model and the chat app on the Hugging Face hub: a model repository and a Space, both called user/name.
 
 Reads models/merged/, models/adapter/, models/onnx/, reports/ and what build/space/ is made from. The Space takes its
-models from the model repository, at the commit that was just published: the hub bounds the size of a Space's own. What
-the hub already has is not sent again: a second deploy of the same sends nothing, and one that was cut goes on.
+models from the model repository, at the commit that was just published: the hub limits the size of a Space's own files.
+Files that the hub already has are not sent again: a second deploy of the same content sends nothing, and a deploy that
+was interrupted continues.
 Run: `make deploy SPACE=user/name`; with `DRY=1` it only lists what would go.
 """
 
@@ -50,7 +51,7 @@ def build_model(repository: str) -> Path:
             if report.is_file():
                 (folder / report.parent).mkdir(exist_ok=True)
                 _link(str(report), str(folder / report))
-        # A folder of this project is no name of a base model elsewhere.
+        # Elsewhere a folder of this project names no base model.
         config = read_json(ADAPTER / "adapter_config.json")
         write_json(folder / "adapter/adapter_config.json", {**config, "base_model_name_or_path": on_hub})
         card = (MERGED / "README.md").read_text(encoding="utf-8")
@@ -69,7 +70,7 @@ def _link(source: str, target: str) -> None:
 
 
 def listing(repository: str, kind: str, folder: Path) -> list[str]:
-    """The lines that say what would go into a repository, each file with its size in MB."""
+    """What would be published in a repository: a line for each file, with its size in MB."""
     files = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in _files(folder))
     total = sum(size for _, size in files)
     head = f"{kind} {repository}: {len(files)} files, {total / 1e6:.1f} MB"
@@ -82,7 +83,7 @@ def _files(folder: Path) -> list[Path]:
 
 @contextmanager
 def explained(repository: str) -> Iterator[None]:
-    """What the hub and the network refuse, as one line that says how to mend it; no token is ever in it."""
+    """Turn what the hub and the network refuse into one line that says how to fix it. It never holds a token."""
     log_in = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
     try:
         yield
@@ -95,19 +96,19 @@ def explained(repository: str) -> Iterator[None]:
         if status == 403:
             said = getattr(error, "server_message", None) or "no reason given"
             raise StageError(f"the token may not write to {repository} ({said}). {log_in}") from None
-        raise StageError(f"{repository}: the hub refused ({first_line(error)}). Run it again to go on.") from None
+        raise StageError(f"{repository}: the hub refused ({first_line(error)}). Run it again to continue.") from None
     except OfflineModeIsEnabled:
         raise StageError("HF_HUB_OFFLINE is set: nothing can be published. Unset it.") from None
-    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # the last: how the library says that an upload broke
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: an upload broke
         raise StageError(
-            f"{repository}: the hub cannot be reached, or was lost ({first_line(error)}). Run it again to go on."
+            f"{repository}: the connection to the hub failed ({first_line(error)}). Run it again to continue."
         ) from None
 
 
 def publish(api: HfApi, repository: str, kind: str, folder: Path) -> str:
-    """Make the repository ("model" or "space") if need be, and bring it to what `folder` holds, in one commit.
+    """Create the repository ("model" or "space") if it is missing, and replace its content by `folder`, in one commit.
 
-    Returns the commit that it is at then.
+    Returns its commit after that.
     """
     with explained(repository):
         api.create_repo(repository, repo_type=kind, space_sdk="gradio" if kind == "space" else None, exist_ok=True)
@@ -115,7 +116,7 @@ def publish(api: HfApi, repository: str, kind: str, folder: Path) -> str:
         names = set(api.list_repo_files(repository, repo_type=kind))
         if names - {".gitattributes", "README.md"} and MARKS[kind] not in names:
             raise StageError(
-                f"{kind} {repository} holds other things than a deploy puts there, and would lose them. "
+                f"{kind} {repository} was not made by a deploy, and would lose its files. "
                 "Choose another name: make deploy SPACE=user/name"
             )
         api.upload_folder(
@@ -123,7 +124,7 @@ def publish(api: HfApi, repository: str, kind: str, folder: Path) -> str:
             repo_type=kind,
             folder_path=folder,
             commit_message=f"Deploy {kind}",
-            delete_patterns="*",  # what an earlier deploy left, and this one has not
+            delete_patterns="*",  # files of an earlier deploy that this one lacks
         )
         after = api.repo_info(repository, repo_type=kind).sha
     state = "as it was" if before == after else f"now at {after}"
@@ -144,9 +145,9 @@ def main() -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise StageError(f"say where to: make deploy SPACE=user/name ({first_line(error)})") from None
+        raise StageError(f"name the repository: make deploy SPACE=user/name ({first_line(error)})") from None
     if "/" not in name:
-        raise StageError(f"say where to: make deploy SPACE=user/name (not {name!r})")
+        raise StageError(f"name the repository: make deploy SPACE=user/name (not {name!r})")
     model = build_model(name)
     if chosen.dry:
         for kind, folder in {"model": model, "space": build_space(Pin(name, UNPUBLISHED))}.items():

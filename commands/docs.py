@@ -1,5 +1,6 @@
-"""Write what is generated from the parameters' descriptions: the comments of params.yaml and of all recipes, and
-docs/parameters.md. Run: `make docs`; with `--check` it writes nothing, and fails when one of them is stale.
+"""Write what follows from the parameters' fields in stages/common/schema.py: the comments of params.yaml and of all
+recipes (with the default of a key that one of them lacks), each stage's `params:` in dvc.yaml, and docs/parameters.md.
+Run: `make docs`; with `--check` it writes nothing, and fails when a file is stale.
 
 Values, a recipe's first lines and the reasons behind "Reference: …;" are the author's, and stay. `dvc exp run -S …`
 rewrites params.yaml and drops every comment that follows a list. So a comment stands above its key, but behind the key
@@ -10,7 +11,6 @@ import io
 import re
 import sys
 import textwrap
-import types
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -18,7 +18,8 @@ from ruamel.yaml import YAML
 
 from stages.common.artifacts import write_text
 from stages.common.errors import StageError
-from stages.common.params import PARAMS, read_params, read_values
+from stages.common.params import PARAMS, read_values
+from stages.common.pipeline import DVC_YAML
 from stages.common.schema import SECTIONS, Params
 
 RECIPES = Path("recipes")
@@ -55,8 +56,7 @@ def may_be_a_list(key: str) -> bool:
     def listed(kind: Any) -> bool:
         return get_origin(kind) is list or any(listed(part) for part in get_args(kind))
 
-    kind = Params.model_fields[key].annotation
-    return listed(kind) if get_origin(kind) in (list, types.UnionType) else False
+    return listed(Params.model_fields[key].annotation)
 
 
 def reasons(text: str) -> dict[str, str]:
@@ -71,7 +71,7 @@ def reasons(text: str) -> dict[str, str]:
             above.append(comment.strip())
         elif key := re.match(r"(\w+):", code):
             if note := NOTE.search(" ".join([*above, comment.strip()])):
-                found[key[1]] = note["reason"]
+                found[key[1]] = note["reason"].strip()
             above = []
     return found
 
@@ -97,9 +97,26 @@ def comment_of(key: str, value: Any, reference: dict[str, Any], reason: str | No
     return words
 
 
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, and the default of each key that they lack. Raises StageError where a field has none."""
+    lacking = [key for key in Params.model_fields if key not in values]
+    if wrong := [key for key in lacking if Params.model_fields[key].is_required()]:
+        raise StageError(f"{', '.join(wrong)}: give the field a default, or each recipe a value, then `make docs`.")
+    return {**values, **{key: Params.model_fields[key].get_default() for key in lacking}}
+
+
+def declared(text: str) -> str:
+    """dvc.yaml with each stage's `params:` as its section has them."""
+    for stage, section in SECTIONS.items():
+        keys = "".join(f"    - {key}\n" for key in section.model_fields)
+        block = re.compile(rf"(^  {stage}:\n(?:    .*\n)*?    params:\n)(?:    - .*\n)*", re.MULTILINE)
+        text = block.sub(lambda match, keys=keys: match[1] + keys, text)
+    return text
+
+
 def annotated(text: str, reference: dict[str, Any]) -> str:
     """A parameter file with the same values, and its comments made anew."""
-    values = YAML(typ="safe").load(text)
+    values = with_defaults(YAML(typ="safe").load(text))
     why = reasons(text)
     lines = [line for line in text.splitlines() if line.startswith("#")]
     header = lines[: next((i for i, line in enumerate(lines) if line.startswith("# fetch -")), len(lines))]
@@ -164,10 +181,9 @@ def generated() -> dict[Path, str]:
     """Each generated file and what it should hold."""
     files = [path for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("previous")]
     reference = read_values(RECIPES / f"{REFERENCE}.yaml")
-    recipes = {path.stem: read_params(path).model_dump() for path in files}
-    read_params()  # its values are the user's
+    recipes = {path.stem: with_defaults(read_values(path)) for path in files}
     texts = {path: annotated(path.read_text(encoding="utf-8"), reference) for path in [*files, PARAMS]}
-    return {**texts, PAGE: page(recipes)}
+    return {**texts, DVC_YAML: declared(DVC_YAML.read_text(encoding="utf-8")), PAGE: page(recipes)}
 
 
 def main() -> None:

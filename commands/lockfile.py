@@ -31,7 +31,7 @@ def outputs(stages: dict[str, Any]) -> dict[str, str]:
 
 
 def parameters(stages: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that the stages ran with, which params.yaml may have left behind."""
+    """The parameters of the recorded run. Those in params.yaml may be newer."""
     return {
         key: value for stage in stages.values() for key, value in stage.get("params", {}).get(str(PARAMS), {}).items()
     }

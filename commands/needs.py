@@ -23,7 +23,7 @@ def file_dtype(config: PretrainedConfig) -> str:
 
 @dataclass(frozen=True)
 class Peak:
-    """Most memory (bytes) that a stage holds: resident on a CPU, or on the card; `gpu` is None where none is used."""
+    """Peak memory (bytes) of a stage: resident on a CPU, or on the card; `gpu` is None where none is used."""
 
     cpu: int
     gpu: int | None
@@ -83,7 +83,7 @@ class Need:
 
 
 def needs(planned: dict[str, Peak], machine: Machine) -> list[Need]:
-    """The stages' peaks against this machine. Merge turns to the CPU where the card cannot hold the whole model."""
+    """The stages' peaks against this machine. Merge uses the CPU where the card cannot hold the complete model."""
     result = []
     for stage, peak in planned.items():
         card = machine.gpu if peak.gpu is not None else None
@@ -114,7 +114,7 @@ def disk(config: PretrainedConfig, params: Params, download: int | None, fetched
 
 
 def smaller(params: Params) -> Iterator[dict[str, Any]]:
-    """Changes of parameters that take less and less memory, the least harmful first, each beside those before it."""
+    """Changes of parameters that save memory, the least harmful first. Each one is added to those before it."""
     if params.merge_base == "dequantized":
         yield {"merge_base": "original"}
     if not params.gradient_checkpointing:

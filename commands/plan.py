@@ -73,7 +73,7 @@ def configuration(values: dict[str, Any]) -> PretrainedConfig:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What data/tokenized/ says of a run: lengths in tokens."""
+    """Counts of the conversations in data/tokenized/; lengths in tokens."""
 
     conversations: int  # in train
     longest: int  # of either split
@@ -82,7 +82,7 @@ class Tokenized:
 
 
 def tokenized(params: Params) -> Tokenized | None:
-    """data/tokenized/, if it was made of the very data and with the very parameters that are planned for."""
+    """data/tokenized/, if it was made from the data and with the parameters that the plan is for."""
     recorded = TOKENIZED / "params.json"
     if not recorded.is_file() or any(getattr(params, k, v) != v for k, v in read_json(recorded).items()):
         return None
@@ -193,7 +193,7 @@ def report_time(plan: Plan) -> None:
         return
     print("\n  time       measuring one batch …", end="\r", flush=True)
     seconds = seconds_of_a_batch(BASE, params, data.batch)
-    # An evaluation is a forward pass: of a step's three or (with recomputed activations) four parts one.
+    # An evaluation is one forward pass. A step takes three times as long, or four with recomputed activations.
     part = seconds / (4 if params.gradient_checkpointing else 3)
     evaluations = 1 + params.max_steps // params.eval_steps
     scored = evaluations * data.held_out_tokens / (params.per_device_train_batch_size * data.batch)
@@ -224,7 +224,7 @@ def describe(seconds: float) -> str:
 
 
 def nearest(config: PretrainedConfig, params: Params, machine: Machine, tokens: int) -> list[str]:
-    """The least change of parameters that this machine can do, as a line; else the recipe that fits anywhere."""
+    """The smallest change of parameters with which this machine can run them, as a line; otherwise the small recipe."""
     needed: dict[str, Any] = {}
     if machine.gpu is None:
         if params.fp16:
@@ -247,7 +247,7 @@ def nearest(config: PretrainedConfig, params: Params, machine: Machine, tokens: 
         if (change := next(candidates, None)) is None:
             return ["No smaller setting of this model fits. Take the small recipe: make recipe NAME=smollm2-cpu"]
         changes = [other for other in changes if other.keys() != change.keys()] + [change]
-    for change in changes[1:-1]:  # what came before may not be needed with what came last
+    for change in changes[1:-1]:  # an earlier change may not be needed with the last one
         without = [other for other in changes if other is not change]
         if fit(without):
             changes = without

@@ -15,7 +15,7 @@ RECIPES = Path("recipes")
 
 
 def switch(name: str) -> str:
-    """Copy recipes/`name`.yaml over params.yaml; return what to tell the user. Raises StageError, changing nothing."""
+    """Copy recipes/`name`.yaml over params.yaml; return what to print. Raises StageError, changing nothing."""
     chosen = RECIPES / f"{name}.yaml"
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if chosen.stem not in names:
@@ -46,5 +46,5 @@ def edited(path: Path) -> bool:
 def main() -> None:
     if len(sys.argv) != 2:
         names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-        raise StageError(f"say which recipe: make recipe NAME=…, one of: {names}")
+        raise StageError(f"name a recipe: make recipe NAME=…, one of: {names}")
     print(switch(sys.argv[1]))

@@ -1,7 +1,8 @@
 """Run `dvc repro` alone in this folder, after repairing what a killed one may have left half-written.
 
 DVC writes two files in place, dvc.lock and its table of locks, and cannot read a half-written one. DVC's other locks
-end with their process. SIGTERM is forwarded to DVC and its stage: DVC alone would end, and the stage would go on.
+end with their process. SIGTERM is forwarded to DVC and its stage: otherwise only DVC would end, and the stage would
+continue.
 Run: `python -m commands repro` (and what `dvc repro` takes); `make all` does.
 """
 

@@ -7,6 +7,6 @@ from commands.commit import project_commit
 
 
 def main() -> None:
-    # The app replaces this process: whoever stops it, stops the app.
+    # The app replaces this process, so that stopping this process stops the app.
     app = [sys.executable, "space/app.py", "--models", "models/onnx", "--commit", project_commit(), *sys.argv[1:]]
     os.execv(sys.executable, app)

@@ -31,7 +31,7 @@ CARD = Path(__file__).parent / "cards/space.md"
 SPACE = Path("build/space")
 PUBLISHED = Path("build/published-space")
 PYTHON = "3.11"
-INSIDE = "onnx"  # where the model repository has the exported models; see space/find_models.py
+INSIDE = "onnx"  # where the model repository has the exported models; see space/chatapp/server/find_models.py
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a training step or an evaluation holds in memory beyond weights: traced, and timed on one real batch.
 
 The trace runs on fake tensors, operation by operation, with two and four layers, and is extended to the model's own
-number: its layers are alike. Nothing is loaded for it. All sizes are bytes.
+number: all layers have the same shape. Nothing is loaded for it. All sizes are bytes.
 """
 
 import time
@@ -28,7 +28,7 @@ from stages.common.schema import TrainParams
 
 
 class LiveBytes:
-    """A context in which the storages that operations make are counted while they live; `peak` is the most at once."""
+    """Counts the bytes of the storages that operations make, while they live; `peak` is the largest count."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
@@ -70,13 +70,14 @@ def _extended(config: PretrainedConfig, peak: Callable[[int], int]) -> int:
         two, four = peak(2), peak(4)
     except Exception as error:  # a model's own code, on tensors without content
         raise StageError(
-            f"base_model: what a step of this model holds cannot be planned ({first_line(error)}). Its stages can run."
+            f"base_model: the memory of this model's training cannot be planned ({first_line(error)}). "
+            "Its stages can run."
         ) from error
     return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
 
 
 def use_training_head(model: PreTrainedModel) -> None:
-    """Give a model the output layer with which SFTTrainer trains it: it never holds all logits at once."""
+    """Give a model the output layer with which SFTTrainer trains it: it never holds all logits."""
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
@@ -95,12 +96,12 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def step_bytes(config: PretrainedConfig, params: TrainParams, tokens: int, on_gpu: bool = False) -> int:
-    """What a forward and a backward pass of SFTTrainer hold at most beyond weights: activations and gradients.
+    """Peak memory of a forward and a backward pass of SFTTrainer beyond weights: activations and gradients.
 
-    Of a batch padded to `tokens`. `on_gpu`: with the output layer's fused kernels, which work in place.
+    The batch is padded to `tokens`. `on_gpu`: with the output layer's fused kernels, which work in place.
     """
     mixed_precision = params.fp16 or params.bf16
-    # FlashAttention holds what sdpa's fused kernels hold, and runs nowhere but on a GPU.
+    # FlashAttention needs the memory of sdpa's fused kernels, and runs only on a GPU.
     attention = "eager" if params.attn_implementation == "eager" else "sdpa"
 
     def peak(layers: int) -> int:
@@ -131,7 +132,7 @@ def step_bytes(config: PretrainedConfig, params: TrainParams, tokens: int, on_gp
 
 
 def scoring_bytes(config: PretrainedConfig, batch_size: int, tokens: int) -> int:
-    """What `scoring.score` holds at most beyond weights for a batch padded to `tokens`, all of them supervised."""
+    """Peak memory of `scoring.score` beyond weights, for a batch padded to `tokens`, all of them supervised."""
 
     def peak(layers: int) -> int:
         model = empty_model(config, layers)

@@ -43,7 +43,7 @@ def first_difference(first: Path, second: Path) -> str | None:
 
 
 def same_question(recorded: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether two runs had the same parameters and code; other data and models between the stages may follow."""
+    """Whether two runs had the same parameters, code and sources. Outputs between the stages are not compared."""
 
     def asked(stages: dict[str, Any]) -> list[Any]:
         made = outputs(stages)
@@ -60,7 +60,7 @@ def same_question(recorded: dict[str, Any], found: dict[str, Any]) -> bool:
 
 def largest_gap(recorded: Path, found: Path) -> float:
     """The largest difference of loss (nats a token) between two folders: on the held-out data and on the curves of
-    training, as far as both have them. Infinite when their steps are others.
+    training, as far as both have them. Infinite when the curves have different steps.
 
     Raises StageError when there is nothing to compare.
     """
@@ -78,7 +78,8 @@ def largest_gap(recorded: Path, found: Path) -> float:
 
 
 def verdict(recorded: Path, found: Path) -> str:
-    """What to say of a run beside the recorded one. Raises StageError when they differ by more than machines do."""
+    """A sentence that compares a run with the recorded one. Raises StageError when another machine cannot explain the
+    difference."""
     ours, theirs = read_lock(recorded), read_lock(found)
     ours = {name: stage for name, stage in ours.items() if name in theirs}
     if "train" not in ours:
@@ -98,7 +99,7 @@ def verdict(recorded: Path, found: Path) -> str:
     if not gap <= TOLERANCE:
         raise StageError(
             f"the loss differs by {gap:.4f} nats a token from the run in dvc.lock, more than {TOLERANCE}: another "
-            f"machine is no reason. The first output that differs is {different[0]}: look there. "
+            f"machine does not explain that. The first output that differs is {different[0]}: look there. "
             "The packages of the recorded run are in requirements.lock."
         )
     return (
@@ -145,7 +146,7 @@ def main() -> None:
         for number, run in enumerate(runs, 1):
             print(f"verify: run {number} of {len(runs)}, from nothing, in {run}", flush=True)
             copy_project(source, run)
-            command = ["dvc", "repro", "--no-run-cache", *targets]  # even where projects share a cache
+            command = ["dvc", "repro", "--no-run-cache", *targets]  # also where projects share a cache
             result = subprocess.run([sys.executable, "-m", *command], cwd=run, env=environment)
             if result.returncode:
                 raise StageError(f"run {number} did not finish: see above. Fix that, then `make verify`.")

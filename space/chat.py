@@ -1,7 +1,7 @@
 """Chat with an exported model in the terminal. Run: `make chat`; anywhere else: `python chat.py --model model/tuned`.
 
-Answers stream; Ctrl-C stops one. /reset forgets the conversation, /system TEXT begins another with that system
-message, /help lists this, /quit (or Ctrl-D) ends it.
+Answers stream, and Ctrl-C stops one. Commands: /reset begins a new conversation, /system TEXT begins one with that
+system message, /help lists the commands, /quit (or Ctrl-D) ends the chat.
 """
 
 import argparse
@@ -11,29 +11,29 @@ import threading
 import time
 from pathlib import Path
 
-from engine import Chunk, Engine, Sampling
+from chatapp.engine import Chunk, Engine, Sampling
 
-HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit ends. Ctrl-C stops an answer."
+HELP = "/reset begins a new conversation, /system TEXT sets the system message, /quit ends. Ctrl-C stops an answer."
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="chat.py", description=(__doc__ or "").partition("\n")[0])
     folder = Path(__file__).parent / "model/tuned"
     parser.add_argument("--model", type=Path, default=folder, help="folder of one exported model")
-    parser.add_argument("--max-tokens", type=int, default=Sampling.max_tokens, help="tokens of an answer at most")
+    parser.add_argument("--max-tokens", type=int, default=Sampling.max_tokens, help="max tokens of an answer")
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p)
-    parser.add_argument("--seed", type=int, help="the same answers each time")
+    parser.add_argument("--seed", type=int, help="repeat the same answers")
     return parser.parse_args(arguments)
 
 
-def speed(chunk: Chunk, seconds: float) -> str:
-    """What is said below an answer."""
+def summary(chunk: Chunk, seconds: float) -> str:
+    """The line below an answer."""
     notes = [f"{chunk.tokens} tokens, {chunk.tokens / max(seconds, 1e-9):.0f} a second"]
     if chunk.reused_tokens:
         notes.append(f"{chunk.reused_tokens} of {chunk.prompt_tokens} prompt tokens from the cache")
     if chunk.dropped_turns:
-        notes.append(f"the oldest {chunk.dropped_turns} turn(s) no longer fit and were left out")
+        notes.append(f"the oldest {chunk.dropped_turns} turn(s) did not fit and were not read")
     if chunk.finish_reason == "length":
         notes.append("cut at --max-tokens or the end of the context")
     if chunk.finish_reason == "cancelled":
@@ -41,11 +41,11 @@ def speed(chunk: Chunk, seconds: float) -> str:
     return f"[{'; '.join(notes)}]"
 
 
-def say(engine: Engine, messages: list[dict[str, str]], sampling: Sampling) -> str:
-    """Print the answer as it comes, and what it took; return it."""
+def print_answer(engine: Engine, messages: list[dict[str, str]], sampling: Sampling) -> str:
+    """Print the answer piece by piece, then its summary; return the answer."""
     cancel, answer, began = threading.Event(), "", 0.0
     chunks = engine.stream(messages, sampling, cancel)
-    # Ctrl-C only asks the engine to stop, so that it ends at a whole token.
+    # Ctrl-C only asks the engine to stop, so that the answer ends at a complete token.
     before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
     try:
         for chunk in chunks:
@@ -53,7 +53,7 @@ def say(engine: Engine, messages: list[dict[str, str]], sampling: Sampling) -> s
             answer += chunk.text
             print(chunk.text, end="", flush=True)
             if chunk.finish_reason:
-                print(f"\n{speed(chunk, time.monotonic() - began)}\n", flush=True)
+                print(f"\n{summary(chunk, time.monotonic() - began)}\n", flush=True)
     finally:
         signal.signal(signal.SIGINT, before)
     return answer
@@ -79,17 +79,17 @@ def converse(engine: Engine, sampling: Sampling, system: str) -> None:
                 return
             case "/reset":
                 history = []
-                print("The conversation is forgotten.")
+                print("A new conversation.")
             case "/system":
                 history, system = [], rest
-                print("A new conversation, with this system message." if rest else "… without a system message.")
+                print(f"A new conversation, {'with this' if rest else 'without a'} system message.")
             case _ if command.startswith("/"):
                 print(HELP)
             case _:
                 asked = [*history, {"role": "user", "content": question}]
                 first = [{"role": "system", "content": system}] if system else []
                 try:
-                    answer = say(engine, first + asked, sampling)
+                    answer = print_answer(engine, first + asked, sampling)
                 except ValueError as error:
                     print(f"error: {error}")
                     continue

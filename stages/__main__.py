@@ -1,8 +1,14 @@
-"""Run one stage: `python -m stages NAME`, as dvc.yaml does. Only fetch may reach the network."""
+"""Run one stage of dvc.yaml: `python -m stages NAME`, as DVC does. Only fetch may reach the network."""
+
+import sys
 
 from stages.common.entry import run_named
-
-STAGES = ("fetch", "prepare", "tokenize", "train", "merge", "evaluate", "export")
+from stages.common.errors import StageError
+from stages.common.pipeline import read_pipeline
 
 if __name__ == "__main__":
-    run_named("stages", {name: name == "fetch" for name in STAGES}, lock=True)
+    try:
+        names = list(read_pipeline())
+    except StageError as error:
+        sys.exit(f"error: {error}")
+    run_named("stages", {name: name == "fetch" for name in names}, lock=True)

@@ -34,7 +34,7 @@ CONVERSATIONS = REPORTS / "conversations.csv"
 SAMPLES = REPORTS / "samples.json"
 SAMPLES_PAGE = REPORTS / "samples.md"
 
-# With fewer conversations than this, an interval shows nothing.
+# An interval over fewer conversations than this shows nothing.
 MIN_CONVERSATIONS_OF_A_LANGUAGE = 10
 
 
@@ -50,7 +50,7 @@ def summarise(scores: pd.DataFrame) -> dict[str, float]:
 def paired_difference(base: pd.DataFrame, tuned: pd.DataFrame, samples: int, seed: int) -> dict[str, Any]:
     """Tuned loss minus base loss (nats a token; negative is better), with a 95 % percentile bootstrap interval.
 
-    Whole conversations are resampled, with both models' scores, since tokens of one conversation are not independent
+    Conversations are resampled, each with both models' scores, because tokens of one conversation are not independent
     (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The perplexity ratio is its exponential.
     """
     tokens = base["tokens"].to_numpy()

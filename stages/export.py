@@ -89,7 +89,8 @@ def check_memory(source: Path, machine: Machine) -> None:
 def build(source: Path, folder: Path, params: ExportParams) -> None:
     """Export the model in `source` into `folder`, which is made. Raises StageError with the builder's reason.
 
-    In a process of its own: the builder's modules have common names, it prints much, and its memory is given back.
+    It runs in a process of its own: the builder's modules have common names, it prints much, and a process that ends
+    returns its memory.
     """
     options = []
     if params.export_precision in ("int4", "int8"):
@@ -99,7 +100,7 @@ def build(source: Path, folder: Path, params: ExportParams) -> None:
     with tempfile.TemporaryDirectory() as cache:
         command = ["-m", "onnxruntime_genai.models.builder", "-m", "model", "-i", str(source), "-o", str(folder)]
         settings = ["-p", params.export_precision, "-e", "cpu", "-c", cache]
-        # The builder writes down the commit of a git repository around itself, and would take this project for its own.
+        # The builder records the commit of the git repository around it, and would record this project's.
         env = {**os.environ, "GIT_DIR": os.devnull}
         command = [sys.executable, *command, *settings, *options]
         result = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -108,7 +109,7 @@ def build(source: Path, folder: Path, params: ExportParams) -> None:
         if is_disk_full(failure):
             raise failure
         if result.returncode == -signal.SIGKILL:
-            raise StageError(f"the system ended the export of {source}, most likely for want of memory. {LARGER}")
+            raise StageError(f"the system ended the export of {source}, probably because memory ran out. {LARGER}")
         reason = next(reversed(result.stderr.strip().splitlines()), f"status {result.returncode}")
         raise StageError(
             f"{source} could not be exported as {params.export_precision} ({reason}). "
@@ -140,7 +141,7 @@ def check_loss(increase: float, highest: float) -> None:
 
 def measure(source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: pd.DataFrame) -> dict[str, Any]:
     """What the export of `source` into `folder` cost: on the held-out tokens, and on greedy answers of `source`."""
-    # One after the other: a large model need not be in memory twice.
+    # One after the other, so that a large model is not in memory twice.
     model = load_model(source, torch.float32).eval()
     print(f"export: {folder.name}: scoring and answering as it was before", flush=True)
     before = perplexity_of(score(model, rows, BATCH, tokenizer.pad_token_id))
@@ -161,7 +162,7 @@ def measure(source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, rows
 
 
 def card(name: str, params: ExportParams, quality: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
-    """Where a model comes from, how it was made and how good it is: a reader may have the exported folder alone."""
+    """Where a model comes from, how it was made and how good it is. A reader may have only the exported folder."""
     training = read_json(TRAINING)
     return {
         "name": name,

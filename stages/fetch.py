@@ -46,7 +46,7 @@ def convert_gguf(folder: Path) -> None:
         raise StageError(
             f"{files[0].name} is no GGUF model that can be converted ({said}). Choose another base_model."
         ) from error
-    # A model loaded from GGUF refuses save_pretrained, and its config claims to be quantised.
+    # A model loaded from GGUF refuses save_pretrained, and its configuration says that it is quantised.
     config = loaded.config
     for name in ("quantization_config", "_name_or_path"):
         if hasattr(config, name):
@@ -55,7 +55,7 @@ def convert_gguf(folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The tokenizer records whether it was loaded offline, which must not shape the output.
+    # The tokenizer records whether it was loaded offline. The output must not depend on that.
     saved = folder / "tokenizer_config.json"
     text = saved.read_text(encoding="utf-8")
     write_text(saved, text.replace('"local_files_only": true', '"local_files_only": false'))

@@ -1,4 +1,4 @@
-"""Merge the LoRA adapter into its base: one ordinary model that any library loads, checked against the unmerged one.
+"""Merge the LoRA adapter into its base: one ordinary model that any library loads, compared with the unmerged one.
 
 Reads models/base/, models/adapter/ and data/raw/source.json.
 Writes models/merged/ (safetensors, tokenizer, chat template, generation config, and a model card made from what the
@@ -11,6 +11,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from pydantic import ValidationError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,7 @@ from stages.common import memory
 from stages.common.adapters import attach, lora_config
 from stages.common.artifacts import read_json, write_text, write_whole
 from stages.common.cards import model_card
-from stages.common.errors import StageError
+from stages.common.errors import StageError, first_line
 from stages.common.machine import Machine, this_machine
 from stages.common.model_files import load_config, load_tokenizer
 from stages.common.models import load_model, quantization_config, torch_dtype
@@ -30,7 +31,7 @@ BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 MERGED = Path("models/merged")
 
-# What merged and unmerged model are compared on: prose, code, numbers, other scripts.
+# Merged and unmerged model are compared on these prompts: prose, code, numbers, other scripts.
 PROBES = (
     "What is the capital of France?",
     "Write a Python function that adds two numbers.",
@@ -68,9 +69,10 @@ def mean_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> flo
 
 
 def choose_device(base: Path, trained: TrainParams, merge_base: str, machine: Machine) -> bool:
-    """Whether the GPU can hold the model in float32: a card that trains it in 4 bits need not. Else the CPU merges.
+    """Whether the GPU can hold the model in float32. A card that trains it in 4 bits may be too small for that. The CPU
+    then merges.
 
-    Raises StageError when it has too little memory, too.
+    Raises StageError when this machine's memory is too small, too.
     """
     shape = memory.shape_of(load_config(base), lora_config(trained))
     needed = memory.merge_bytes(shape, merge_base, trained.bnb_4bit_use_double_quant)
@@ -98,7 +100,7 @@ def merge_adapter(
     expected: list[torch.Tensor] = []
     loading: dict[str, Any] = {"attn_implementation": merge_attention(trained), "use_gpu": use_gpu}
     if merge_base == "dequantized":
-        # The 4-bit model first: for a moment, loading it takes more memory than it keeps.
+        # The 4-bit model first: loading it takes more memory, for a moment, than it keeps.
         quantization = quantization_config(trained, torch.float32)
         quantised = load_model(base, torch.float32, quantization=quantization, **loading)
         model = load_model(base, torch.float32, **loading)
@@ -119,7 +121,7 @@ def merge_attention(trained: TrainParams) -> str:
 
 
 def plain_template(template: str) -> str:
-    """A chat template without its {% generation %} marks, which only training needs and few other programs know."""
+    """A chat template without its {% generation %} marks, which only training needs."""
     return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
 
 
@@ -143,13 +145,22 @@ def check_difference(difference: float, highest: float) -> None:
         )
 
 
+def trained_with(values: dict[str, Any], record: Path) -> TrainParams:
+    """The parameters of the training that `record` holds. Raises StageError when they are incomplete or wrong."""
+    try:
+        return section_of(values, TrainParams)
+    except (ValidationError, TypeError, AttributeError) as error:
+        raise StageError(
+            f"{record} holds no parameters of a training ({first_line(error)}). "
+            f"Delete {ADAPTER} and run `dvc repro train`."
+        ) from None
+
+
 def main() -> None:
     params = load_params(MergeParams)
-    training = read_json(
-        ADAPTER / "training.json",
-        ["params", "train_conversations", "train_supervised_tokens", "held_out_conversations"],
-    )
-    trained = section_of(training["params"], TrainParams)
+    record = ADAPTER / "training.json"
+    training = read_json(record, ["params", "train_conversations", "train_supervised_tokens", "held_out_conversations"])
+    trained = trained_with(training["params"], record)
     tokenizer = load_tokenizer(ADAPTER)
     use_gpu = choose_device(BASE, trained, params.merge_base, this_machine())
     print(f"merge: adapter into the {params.merge_base} base", flush=True)

@@ -71,9 +71,9 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str, vocab_size: int) -> None:
     """Give `tokenizer` the template, the end token that closes an answer in it, and a padding token.
 
-    Padding is another token than the end wherever the vocabulary has one to spare (`vocab_size` is the number of rows
-    of the model's embedding). Code that masks padding by its token would otherwise teach a model never to stop. Here
-    the loss follows the masks alone. Raises StageError when the template ends answers with no single special token.
+    The padding token differs from the end token where the vocabulary has a token to spare (`vocab_size` is the number
+    of rows of the model's embedding). Otherwise code that masks padding by its token would teach a model never to stop.
+    Here the loss follows the masks alone. Raises StageError when the template ends answers with no special token.
     """
     tokenizer.chat_template = template
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -97,7 +97,7 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str, vocab_
     other = next((token for token in spare if token in special and token != end), None)
     if other is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
-    elif len(tokenizer) < vocab_size:  # a row of the embedding that no token has; untrained, and never looked at
+    elif len(tokenizer) < vocab_size:  # a row of the embedding that no token uses: untrained, and never read
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     else:
         tokenizer.pad_token = tokenizer.eos_token
@@ -119,7 +119,7 @@ def encode(
     for ids, marked in _apply(tokenizer, conversations):
         mask = list(marked)
         for start, stop in answer_spans(marked):
-            # Some templates mark the line break after the end token, too.
+            # Some templates also mark the line break after the end token.
             while stop > start + 1 and ids[stop - 1] != tokenizer.eos_token_id:
                 stop -= 1
                 mask[stop] = 0
@@ -195,7 +195,7 @@ def main() -> None:
         )
     tokenizer = load_tokenizer(BASE)
     if not tokenizer.is_fast:
-        raise StageError(f"{BASE} has no fast tokenizer (tokenizer.json), needed to tell the assistant's tokens.")
+        raise StageError(f"{BASE} has no fast tokenizer (tokenizer.json), needed to find the assistant's tokens.")
     set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config.vocab_size)
     if len(tokenizer) > config.vocab_size:
         raise StageError(

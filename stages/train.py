@@ -1,9 +1,10 @@
 """Fine-tune the base model on the conversations by QLoRA: a frozen 4-bit base, a LoRA adapter, TRL's SFTTrainer.
 
 Reads data/tokenized/ and models/base/.
-Writes models/adapter/ (LoRA weights, tokenizer, training.json with all that shaped the run) and
+Writes models/adapter/ (LoRA weights, tokenizer, training.json with the run's parameters and counts) and
 reports/loss/{train,validation}.csv (the loss curves, in nats a supervised token). Checkpoints are kept in
-models/checkpoints/ until the adapter is done: a killed or stopped run goes on from the last one. Run: `dvc repro train`
+models/checkpoints/ until the adapter is written: a killed or stopped run resumes from the last one.
+Run: `dvc repro train`
 """
 
 import hashlib
@@ -38,9 +39,9 @@ COLUMNS = ("input_ids", "assistant_masks", "length")  # what is read of a tokeni
 
 
 def check_memory(base: Path, params: TrainParams, machine: Machine | None = None) -> None:
-    """Raise StageError when the model and its adapter alone are more than this machine, or its GPU, can hold.
+    """Raise StageError when the model and its adapter alone need more memory than this machine, or its GPU, has.
 
-    What a batch takes besides is not counted: `make plan` estimates it.
+    A batch needs more. That is not counted here: `make plan` estimates it.
     """
     machine = machine or this_machine()
     shape = memory.shape_of(load_config(base), lora_config(params))
@@ -70,9 +71,9 @@ def check_logits(model: PeftModel, ids: list[int], dtype: torch.dtype) -> None:
 
 
 def fingerprint(params: TrainParams) -> str:
-    """A name for all that shapes a run: only a run with the same one goes on from its checkpoints."""
+    """A name made from all inputs of a run: only a run with the same name resumes from its checkpoints."""
     files = digest_files([TOKENIZED, BASE, *code_of("train"), *([LOCK] if LOCK.exists() else [])])
-    # On a CPU sums depend on how many threads add them up.
+    # On a CPU, the last digits of a sum depend on the number of threads.
     threads = 0 if torch.cuda.is_available() else torch.get_num_threads()
     return hashlib.sha256(f"{sorted(params.model_dump().items())} {files} {threads}".encode()).hexdigest()[:16]
 
@@ -80,10 +81,10 @@ def fingerprint(params: TrainParams) -> str:
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the adapter and the tokenizer into `folder`, the same bytes each time."""
     model.save_pretrained(folder)
-    # PEFT holds the target modules in a set, whose order is another in every process.
+    # PEFT holds the target modules in a set. Its order differs from process to process.
     config = read_json(folder / "adapter_config.json")
     write_json(folder / "adapter_config.json", {**config, "target_modules": sorted(config["target_modules"])})
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; merge writes a true one
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; merge writes the model's card
     tokenizer.save_pretrained(folder)
 
 

@@ -29,10 +29,7 @@ def lora_config(params: TrainParams) -> LoraConfig:
 
 
 def add_adapter(model: PreTrainedModel, params: TrainParams) -> PeftModel:
-    """Freeze `model` and put new LoRA matrices, in float32, on its target modules.
-
-    Raises StageError, naming what would fit, when a target module is none of the model's linear layers.
-    """
+    """Freeze `model` and put new LoRA matrices, in float32, on its target modules."""
     if params.load_in_4bit:
         # Norms and output layer in float32 under 16-bit training. The trainer turns on checkpointing itself.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -55,6 +52,6 @@ def attach(model: PreTrainedModel, adapter: Path, base: Path) -> Any:
         attached = PeftModel.from_pretrained(model, adapter, local_files_only=True).eval()
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise StageError(f"{adapter} does not fit {base} ({first_line(error)}). {remedy}") from error
-    if lacking := sorted(set(get_peft_model_state_dict(attached)) ^ saved):  # PEFT would go on without them
+    if lacking := sorted(set(get_peft_model_state_dict(attached)) ^ saved):  # PEFT would ignore the difference
         raise StageError(f"{adapter} does not fit {base} (only one of them has {lacking[0]}). {remedy}")
     return attached

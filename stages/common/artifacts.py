@@ -1,4 +1,4 @@
-"""Writing outputs whole or not at all, and always the same bytes for the same content."""
+"""Writing outputs completely or not at all, and always the same bytes for the same content."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ from stages.common.errors import DISK_FULL, StageError, first_line, is_disk_full
 def write_whole(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; move what was made there into place only if the block succeeds.
 
-    The block creates the path itself, as a file or as a folder. The temporary names are fixed, so whatever a killed
-    run left behind is removed by the next one.
+    The block creates the path itself, as a file or as a folder. The temporary names are fixed, so that the next run
+    removes what a killed run left.
     """
     partial, old = (target.with_name(f".{target.name}.{what}partial") for what in ("", "old."))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
         yield partial
-        if target.is_dir():  # which no other folder can replace
+        if target.is_dir():  # a rename cannot replace a folder
             _remove(old)
             target.rename(old)
         partial.replace(target)
@@ -34,7 +34,7 @@ def write_whole(target: Path) -> Iterator[Path]:
             raise StageError(f"{target}: {DISK_FULL}") from error
         raise
     finally:
-        if old.exists() and not target.exists():  # stopped between the two
+        if old.exists() and not target.exists():  # stopped between the two renames
             old.rename(target)
         _remove(partial)
         _remove(old)
@@ -53,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with keys in the order given: the order of a report is part of what it says."""
+    """Write JSON with keys in the order given: readers see a report in this order."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -77,7 +77,7 @@ def read_parquet(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except FileNotFoundError:
         raise StageError(f"{path} is missing. Run `dvc repro` to make it.") from None
-    except Exception as error:  # pyarrow has its own
+    except Exception as error:  # pyarrow raises errors of its own
         raise StageError(f"{path} cannot be read ({first_line(error)}). Delete it and run `dvc repro`.") from None
     _refuse_gaps(path, [column for column in columns if column not in table])
     if columns and table.empty:
@@ -88,12 +88,12 @@ def read_parquet(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
 def _refuse_gaps(path: Path, missing: list[str]) -> None:
     if missing:
         raise StageError(
-            f"{path} has no {', '.join(missing)}: no stage wrote it like this. Delete it and run `dvc repro`."
+            f"{path} has no {', '.join(missing)}: it is not as its stage writes it. Delete it and run `dvc repro`."
         )
 
 
 def digest_files(paths: list[Path]) -> str:
-    """SHA-256 over the names and contents of files and folders (hex), independent of where the project stands."""
+    """SHA-256 over the names and contents of files and folders (hex), independent of the project's folder."""
     total = hashlib.sha256()
     for root in paths:
         files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]

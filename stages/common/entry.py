@@ -17,7 +17,7 @@ from types import FrameType
 from stages.common.errors import DISK_FULL, StageError, is_disk_full
 from stages.common.locks import alone
 
-# What the libraries would send, or say at every start.
+# Turns off what the libraries send, and what they print at every start.
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -52,7 +52,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def run(module: str, *, network: bool = False, lock: str | None = None) -> None:
     """Import `module` and call its main(); an expected failure prints one message and exits with status 1.
 
-    `lock`: another process of this name in this folder is waited for. (If DVC was killed, its stage may still run.)
+    `lock`: wait for another process of this name in this folder. (If DVC was killed, its stage may still run.)
     """
     set_environment(network)
     # As Ctrl-C does, SIGTERM lets a stage remove its half-made outputs.
@@ -72,7 +72,7 @@ def run(module: str, *, network: bool = False, lock: str | None = None) -> None:
 
 
 def run_named(package: str, networked: dict[str, bool], *, lock: bool) -> None:
-    """Run the module of `package` that the first argument names; the others are its own. `networked`: each name, and
+    """Run the module of `package` that the first argument names, with the other arguments. `networked`: each name, and
     whether it may reach the network."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if name not in networked:

@@ -3,7 +3,7 @@
 import errno
 
 DISK_FULL = "the disk is full. Free some space and run `dvc repro` again."
-# How libraries report it. torch's archive writer gives no reason, only the line of its code that stopped.
+# How libraries report a full disk. torch's archive writer names only the line of its code that failed.
 DISK_FULL_SIGNS = (
     "No space left",
     "Disk quota exceeded",
@@ -19,7 +19,7 @@ class StageError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """The first line of an exception's message."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 

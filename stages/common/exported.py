@@ -1,4 +1,4 @@
-"""An exported model, measured as the one it was made from is."""
+"""An exported model, measured in the same way as the model from which it was made."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Exported:
         return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
 
     def agreement(self, prompts: list[list[int]], answers: list[list[int]]) -> float:
-        """The share of the answers' tokens that this model, too, finds most likely after all before them."""
+        """The share of the answers' tokens that are this model's first choice, too, after the tokens before them."""
         same = total = 0
         for prompt, answer in zip(prompts, answers, strict=True):
             chosen = self.logits(prompt + answer)[len(prompt) - 1 : -1].argmax(axis=1)

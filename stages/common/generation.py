@@ -17,7 +17,7 @@ def greedy_answers(
     batch_size: int,
 ) -> list[list[int]]:
     """The token ids of the greedy answer to each prompt, with its end token where it ends within `max_new_tokens`."""
-    # All models decode alike: what a base model brings (a repetition penalty, say) would blur a comparison.
+    # All models decode in the same way: a base model's own settings (a repetition penalty, say) do not count.
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub: tried again where the hub is busy, checked by the hub's own hashes."""
+"""Downloads from the Hugging Face hub: tried again when the hub is busy, checked by the hub's own hashes."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ from stages.common.sources import HubSource, Kind
 
 # Weights only as safetensors: pickled ones can run code when they are loaded.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICEN*"]
-# Seconds in which a download that the hub or the network broke is tried again, and the pauses between the attempts.
+# A download that the hub or the network broke is tried again for so many seconds, after these pauses.
 PATIENCE = 20
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 
@@ -35,7 +35,7 @@ def git_sha1(path: Path) -> str:
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether a download failed for a reason that may be gone the next time: the network, or a busy hub."""
+    """Whether a second attempt may succeed: the network failed, or the hub was busy."""
     while error is not None and not constants.HF_HUB_OFFLINE:
         if isinstance(error, httpx2.TransportError):
             return True
@@ -64,13 +64,13 @@ class HubDownload:
         cached = try_to_load_from_cache(repository, "config.json", revision=revision)
         if isinstance(cached, str):
             return dict(read_json(Path(cached)))
-        # Not into the hub's cache: when offline, a repository of which it has a part is taken for a complete one.
+        # Not into the hub's cache: without a network, the hub's library takes a part of a repository for all of it.
         with self._explained(), tempfile.TemporaryDirectory() as folder:
             path = hf_hub_download(repository, "config.json", revision=revision, cache_dir=folder)
             return dict(read_json(Path(path)))
 
     def _try_again(self, destination: Path) -> None:
-        """Download, and again where the hub is busy or the connection breaks: its libraries do so for some requests."""
+        """Download; try again when the hub is busy or the connection breaks. (The libraries retry few requests.)"""
         began, pauses = time.monotonic(), iter(PAUSES)
         for attempt in itertools.count(1):
             try:
@@ -142,7 +142,7 @@ class HubDownload:
                 if wanted != (sha256_file(blob) if len(wanted) == 64 else git_sha1(blob)):
                     blob.unlink()
                     file.unlink()
-                    if self.kind == "dataset":  # what was read from it may be kept, too
+                    if self.kind == "dataset":  # `datasets` may have cached what it read from the file
                         shutil.rmtree(self._read_cache(), ignore_errors=True)
                     raise StageError(
                         f"{self.source.text}: {file.name} does not have the hub's hash, {wanted}: the download was "
@@ -150,8 +150,8 @@ class HubDownload:
                     )
 
     def _read_cache(self) -> Path:
-        """Where `datasets` keeps what it read of this commit. In one folder for all commits, it would take another
-        commit for one that it cannot reach."""
+        """Where `datasets` keeps what it read of this commit. With one folder for all commits, it would use another
+        commit when it cannot reach this one."""
         name = f"{self.source.repository.replace('/', '___')}@{self.source.revision}"
         return Path(HF_DATASETS_CACHE) / name
 

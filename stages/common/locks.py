@@ -1,7 +1,7 @@
 """Lock files: one process at a time works in a folder, a second waits for the first.
 
-Run: `python -m stages.common.locks COMMAND …` runs a command under the folder's lock. `make` sets up so, before
-there is an environment: this file needs nothing but the standard library.
+Run: `python -m stages.common.locks COMMAND …` runs a command under the folder's lock. `make` uses it for set-up,
+before there is an environment. So this file needs only the standard library.
 """
 
 import fcntl

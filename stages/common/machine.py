@@ -1,5 +1,5 @@
-"""What the machine has: cores, memory, disk, GPU. A stage may refuse because of it; no stage
-computes anything else because of it."""
+"""What the machine has: cores, memory, disk, GPU. A stage may refuse to run on a machine. What it computes does not
+depend on the machine."""
 
 import os
 import shutil

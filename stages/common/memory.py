@@ -17,7 +17,7 @@ GIB = 1024**3
 # Measured on a CPU with `python -m bench.plan` and `python -m bench.phi2_full_size`; see docs/measurements.md.
 # Python with torch, transformers, trl and datasets, before any weight is loaded.
 LIBRARIES = int(0.85 * GIB)
-# Pages that the allocator holds for each byte of tensors that live at the peak of a step.
+# Bytes that the allocator holds for each byte of tensors at the peak of a step.
 FRAGMENTATION = 1.45
 # What the builder holds for each byte of the model in float32: its copies, and the mapped weight files.
 EXPORTING = 1.9
@@ -77,7 +77,7 @@ def check_room(what: str, needed: int, there: int, where: str, remedy: str) -> N
 def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool, double_quant: bool) -> int:
     """What a loaded model's weights hold, in `dtype`, on a CPU or a GPU.
 
-    Beside 4-bit weights the others are float32: prepare_model_for_kbit_training makes them so.
+    With 4-bit weights, prepare_model_for_kbit_training converts all others to float32.
     """
     if load_in_4bit:
         return shape.unquantised * 4 + quantised_bytes(shape.quantised, double_quant)
@@ -87,8 +87,8 @@ def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool, double_quant: boo
 def load_peak(shape: Shape, dtype: str, file_dtype: str | None, load_in_4bit: bool, double_quant: bool) -> int:
     """Resident peak of loading on a CPU: the libraries, the mapped weight files and the weights made from them.
 
-    The system can take mapped pages away: without `file_dtype` they are left out, which gives the least that is needed.
-    Files in the very format that is asked for are used as they are mapped.
+    The system can drop mapped pages. Without `file_dtype` they are not counted: the result is then a lower bound.
+    Files that have the format `dtype` already are used as they are mapped.
     """
     mapped = shape.parameters * dtype_bytes(file_dtype) if file_dtype and (load_in_4bit or file_dtype != dtype) else 0
     if load_in_4bit:

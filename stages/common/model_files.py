@@ -34,7 +34,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     """The configuration of the text model in a folder. Raises StageError when there is none of a known type."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a configuration's own checks raise what they like
+    except Exception as error:  # a configuration's own checks raise any type
         raise StageError(
             f"{folder} holds no model of a known type ({first_line(error)}). "
             "Choose a base_model that transformers knows: code of a model's repository is never run."
@@ -66,7 +66,7 @@ def empty_model(
 def check_weights(folder: Path) -> None:
     """Raise StageError unless all safetensors files in `folder`, and all that an index names, are complete and fit.
 
-    Reads the files' headers only: names and shapes of the weights, which must be those of the configuration.
+    Reads only the files' headers. Names and shapes of the weights must be those of the configuration.
     """
     files = set(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):

@@ -62,13 +62,13 @@ def load_model(
             f"{folder} cannot be loaded as a causal language model ({first_line(error)}). "
             "Delete it and run `dvc repro`, or choose another base_model."
         ) from error
-    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
+    if missing := sorted(loaded["missing_keys"]):  # transformers would put random numbers in their place
         raise StageError(
             f"{folder}: {len(missing)} weights are missing, the first {missing[0]}. Delete it and run `dvc repro`."
         )
     for module in model.modules():
-        # On a CPU with AVX-512 BF16, bitsandbytes would repack the weights at the first evaluation, for good, into a
-        # form without autograd: the training after it would silently lose its gradients.
+        # On a CPU with AVX-512 BF16, bitsandbytes would repack the weights at the first evaluation into a form without
+        # autograd, and keep them so. The training after it would silently lose its gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -76,9 +76,9 @@ def load_model(
 
 @contextmanager
 def _pages_given_back() -> Iterator[None]:
-    """Let glibc map large blocks one by one meanwhile: once freed, they return to the system.
+    """Let glibc map each large block by itself during the block, so that freed memory returns to the system.
 
-    Otherwise it would keep those of converting and quantising weights, 3 to 4 GiB for phi-2. See mallopt(3).
+    Otherwise glibc would keep the memory of converting and quantising weights, 3 to 4 GiB for phi-2. See mallopt(3).
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     try:
@@ -90,7 +90,7 @@ def _pages_given_back() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(mmap_threshold, 32 << 20)  # where glibc's own, growing thresholds end
+        libc.mallopt(mmap_threshold, 32 << 20)  # the maxima of glibc's own, growing thresholds
         libc.mallopt(trim_threshold, 64 << 20)
         libc.malloc_trim(0)
 

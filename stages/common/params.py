@@ -76,7 +76,7 @@ def _distinct(values: dict[str, Any], key: str) -> str | None:
     return None
 
 
-# The rules over several keys, or over what a key names: the keys, and what says how `values` break the rule.
+# The rules over several keys, or over what a key names: the keys, and a function that says how `values` break it.
 Rule = tuple[tuple[str, ...], Callable[[dict[str, Any]], str | None]]
 RULES: list[Rule] = [
     (("base_model", "base_model_revision"), lambda values: _sources(values, "base_model")),
@@ -97,7 +97,7 @@ RULES: list[Rule] = [
 
 
 def contradictions(values: dict[str, Any]) -> list[str]:
-    """The rules that `values` break, one line each; a rule needs all of its keys to be there."""
+    """One line for each rule that `values` break. A rule whose keys are not all there is left out."""
     broken = (rule(values) for keys, rule in RULES if all(key in values for key in keys))
     return [line for line in broken if line]
 
@@ -131,6 +131,7 @@ def read_params(path: Path = PARAMS) -> Params:
     except ValidationError as error:
         problems = _explain(error.errors())
         failed = {problem["loc"][0] for problem in error.errors()}
+    problems += [f"{key}: is missing; `make docs` adds it" for key in Params.model_fields if key not in content]
     problems += contradictions({key: value for key, value in content.items() if key not in failed})
     if problems:
         raise StageError(f"{path}: " + "\n       ".join(problems))
@@ -145,8 +146,8 @@ def _explain(errors: list[Any]) -> list[str]:
         key = ".".join([str(name), *(str(part) for part in inside if isinstance(part, int))])
         value = f" {error['input']!r}:"
         match error["type"]:
-            case "missing":
-                value, allowed = "", "is missing; every key must be there"
+            case "missing":  # reported with those that have a default
+                continue
             case "extra_forbidden":
                 near = difflib.get_close_matches(str(name), Params.model_fields, n=1)
                 meant = f"did you mean {near[0]}?" if near else "docs/parameters.md lists all"
@@ -165,6 +166,6 @@ def section_of(values: dict[str, Any], section: type[AnySection]) -> AnySection:
 
 
 def load_params(section: type[AnySection]) -> AnySection:
-    """A stage's parameters from params.yaml, after a check of the complete file: a wrong value of a later stage stops
-    the first stage that runs."""
+    """A stage's parameters from params.yaml, after a check of the complete file: a wrong value of a later stage also
+    stops the first stage that runs."""
     return section_of(read_params().model_dump(), section)

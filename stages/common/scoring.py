@@ -25,7 +25,7 @@ def perplexity_of(scores: pd.DataFrame) -> float:
 
 
 def accuracy_of(scores: pd.DataFrame) -> float:
-    """The share of scored tokens that the model finds most likely."""
+    """The share of scored tokens that are the model's first choice."""
     return float(scores["correct"].sum() / scores["tokens"].sum())
 
 
@@ -39,7 +39,8 @@ def score(
     """Score each conversation of `rows` (columns input_ids, assistant_masks, length), in the order of `rows`.
 
     Returns columns nll (sum of negative log-likelihoods of the supervised tokens, in nats), tokens (their number) and
-    correct (how many are the model's most likely token). Batches are of like lengths; `on_batch` gets their sizes.
+    correct (how many are the model's first choice). Conversations of similar length share a batch; `on_batch` gets the
+    size of each batch.
     Raises StageError when a loss is not finite.
     """
     order = rows["length"].argsort(kind="stable").to_list()

@@ -44,7 +44,7 @@ def training_arguments(params: TrainParams, output_dir: Path) -> SFTConfig:
         eval_on_start=True,
         seed=params.seed,
         use_cpu=not torch.cuda.is_available(),
-        # The tokenize stage has cut the conversations and built the masks: nothing is left to prepare.
+        # The tokenize stage has already cut the conversations and made the masks.
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -60,11 +60,11 @@ class Trainer(SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
-        """None beside the checkpoints: merge writes a true one."""
+        """Write none: merge writes the model's card."""
 
     def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        # The trainer would remove the older ones before the new one is sealed: a kill in between would lose all.
+        # The trainer would remove older checkpoints before the new one is sealed: a kill in between would lose all.
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -79,8 +79,8 @@ class Trainer(SFTTrainer):
         remove_older(folder.parent, keep)
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-        # Evaluating must not change the training after it: whatever it draws, the random state is put back.
-        # It computes in the training's precision, since accelerate has wrapped the model's forward by now.
+        # An evaluation must not change the training after it, so the random state is restored.
+        # It computes in the training's precision: accelerate has already wrapped the model's forward.
         hidden = not self.is_world_process_zero()
         batch_size, padding = self.args.per_device_eval_batch_size, self.processing_class.pad_token_id
         bar = tqdm(total=len(self.held_out), desc="held-out loss", unit="conv", leave=False, disable=hidden)
@@ -95,7 +95,7 @@ class Trainer(SFTTrainer):
 
 
 class Progress(ProgressCallback):
-    """The trainer's bar with the last losses beside the time left, instead of a line for each log."""
+    """The trainer's progress bar, with the last losses beside the time left, instead of a line for each log."""
 
     shown: dict[str, str] = {}
 
@@ -152,17 +152,17 @@ def loss_curves(log_history: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
 
 
 def resume(trainer: Trainer, checkpoint: Path) -> None:
-    """Train on from a checkpoint; if its training had reached the end, only load its weights."""
+    """Continue the training from a checkpoint; if it had reached the end, only load its weights."""
     try:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= trainer.args.max_steps:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             return
-        trainer.args.eval_on_start = False  # the checkpoint's log has that
+        trainer.args.eval_on_start = False  # the checkpoint's log has that evaluation
         trainer.add_callback(RestoreLossSum(trainer, checkpoint))
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    except Exception as error:  # torch raises pickle's own, and pickle is imported nowhere here
+    except Exception as error:  # torch raises pickle's own error, and this project never imports pickle
         if "Weights only load failed" not in str(error):
             raise
         raise StageError(

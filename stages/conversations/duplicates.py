@@ -6,6 +6,8 @@ Each function returns a mask over the threads of a selection: which of them stay
 import unicodedata
 from collections.abc import Sequence
 
+from datasketch import MinHash, MinHashLSH
+
 from stages.common.schema import PrepareParams
 from stages.conversations.selection import Selection, Thread
 from stages.conversations.splits import held_out_roots
@@ -56,8 +58,6 @@ def near_duplicates(texts: Sequence[str], max_similarity: float) -> list[bool]:
     The Jaccard similarity is estimated from 128 MinHash permutations (Broder, On the resemblance and containment of
     documents, 1997): its standard error is at most 0.05.
     """
-    from datasketch import MinHash, MinHashLSH  # with scipy, importing it takes 0.65 s, and it is off by default
-
     index = MinHashLSH(threshold=max_similarity, num_perm=128)
     hashes: dict[int, MinHash] = {}
     copies = []

@@ -16,11 +16,19 @@ from commands.deploy import hub_card, listing
 from commands.space import Pin, gradio_version, pinned_closure, space_card
 from stages.common.errors import StageError
 from tests.support.hub import Hub, running
+from tests.support.project import ROOT
 
 TOKEN = "hf_secret"
 CARD = {
-    "base_model": {"source": "microsoft/phi-2", "revision": "ef38", "license": "mit"},
-    "datasets": [{"source": "OpenAssistant/oasst1", "revision": "fdf7", "license": "apache-2.0"}],
+    "base_model": {"source": "microsoft/phi-2", "revision": "ef38", "hub": "microsoft/phi-2", "license": "mit"},
+    "datasets": [
+        {
+            "source": "OpenAssistant/oasst1/one/file.jsonl.gz",
+            "revision": "fdf7",
+            "hub": "OpenAssistant/oasst1",
+            "license": "apache-2.0",
+        }
+    ],
     "training": {"params": {"max_steps": 500}, "train_conversations": 161},
     "export": {"export_precision": "int4"},
     "quality": {"perplexity": 12.345, "perplexity_before": 12.3},
@@ -41,15 +49,15 @@ def test_the_card_says_what_the_hub_and_a_reader_need():
     ):
         assert line in front
     assert "12.35" in text and "`abc`" in text and "- OpenAssistant/oasst1" in front
-    local = {**CARD, "base_model": {"source": "pypi:x==1/y", "revision": "sha256:0", "license": None}}
+    base = {"source": "pypi:x==1/y", "revision": "sha256:0", "hub": None, "license": None}
+    local = {**CARD, "base_model": base, "datasets": [{**base, "source": "file:data/local/x"}]}
     alone = space_card(local, "6.0.0", "abc", None).split("---")[1]
-    assert "models:" not in alone and "preload" not in alone
+    assert "models:" not in alone and "preload" not in alone and "datasets:" not in alone
+    assert "license: other" in alone
     assert len(front.split("short_description: ")[1].splitlines()[0]) <= 60  # the hub's limit
 
 
 def test_requirements_are_pinned_and_without_torch():
-    from tests.support.project import ROOT
-
     def pins(text: str) -> dict[str, str]:
         """Package names, as the index spells them, and versions."""
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
@@ -61,13 +69,13 @@ def test_requirements_are_pinned_and_without_torch():
     assert packages and not packages.keys() & {"torch", "transformers", "bitsandbytes", "peft", "trl", "datasets"}
     assert packages.items() <= locked.items()  # the versions that the tests run with
     imported = set()
-    for path in (ROOT / "space").glob("*.py"):
+    for path in (ROOT / "space").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
-    own = {path.stem for path in (ROOT / "space").glob("*.py")}
+    own = {path.stem for path in (ROOT / "space").glob("*.py")} | {"chatapp"}
     assert {canonicalize_name(name) for name in imported - own - sys.stdlib_module_names} <= packages.keys()
     assert gradio_version(text)
     # A Space gets all that these need, too, at the versions of the lock.
@@ -79,9 +87,9 @@ def test_requirements_are_pinned_and_without_torch():
 
 
 def test_the_models_card_on_the_hub_names_what_is_there():
-    card = 'chat = pipeline("text-generation", model="models/merged")\nin the project\'s `reports/metrics.json`'
+    card = 'chat = pipeline("text-generation", model="models/merged")\nin the project\'s `reports/evaluation.json`'
     text = hub_card(card, "ada/chat")
-    assert 'model="ada/chat"' in text and "models/merged" not in text and "in `reports/metrics.json`" in text
+    assert 'model="ada/chat"' in text and "models/merged" not in text and "in `reports/evaluation.json`" in text
     assert "spaces/ada/chat" in text
 
 
@@ -92,13 +100,6 @@ def test_a_listing_names_every_file_with_its_size(tmp_path):
     lines = listing("ada/chat", "space", tmp_path)
     assert lines[0] == "space ada/chat: 2 files, 2.5 MB"
     assert lines[2].split() == ["2.500", "MB", "model/a.bin"]
-
-
-@pytest.fixture
-def exported_project(tiny_project):
-    tiny_project.run("dvc", "repro", "--quiet", "export")
-    tiny_project.commit("exported")
-    return tiny_project
 
 
 @pytest.fixture
@@ -137,12 +138,12 @@ def chats(address: str) -> str:
 
 
 @pytest.mark.slow
-def test_deploy(exported_project, hub, tmp_path):
-    project = exported_project
+def test_deploy(finished_project, hub, tmp_path):
+    project = finished_project
 
     def deploy(*arguments: str, check: bool = True, **environment: str):
         settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-        return project.run("commands.deploy", *arguments, check=check, **{**settings, **environment})
+        return project.run("commands", "deploy", *arguments, check=check, **{**settings, **environment})
 
     def refused(*arguments: str, **environment: str) -> str:
         result = deploy(*arguments, check=False, **environment)
@@ -157,7 +158,7 @@ def test_deploy(exported_project, hub, tmp_path):
         "onnx/tuned/model.onnx",
         "onnx/base/model.onnx",
         "adapter/adapter_model.safetensors",
-        "reports/export.json",
+        "reports/exported.json",
     ):
         assert name in listed
     assert "model ada/chat:" in listed and "space ada/chat:" in listed and "models.json" in listed
@@ -169,12 +170,12 @@ def test_deploy(exported_project, hub, tmp_path):
     assert "there is no token" in refused("ada/chat", HF_TOKEN="")
     assert "does not accept the token" in refused("ada/chat", HF_TOKEN="hf_wrong")
     assert "may not write to ada/chat" in refused("ada/chat", HF_TOKEN="hf_other")
-    assert "cannot be reached, or was lost" in refused("ada/chat", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the connection to the hub failed" in refused("ada/chat", HF_ENDPOINT="http://127.0.0.1:9")
     assert not hub.repositories
 
     # A first one, cut in the middle, and again: what was sent is not sent again.
     hub.room = 2
-    assert "or was lost" in refused("ada/chat")
+    assert "the connection to the hub failed" in refused("ada/chat")
     sent, hub.room = set(hub.blobs), None
     assert len(sent) == 2 and hub.commits == 0
     requests = len(hub.requests)
@@ -192,7 +193,7 @@ def test_deploy(exported_project, hub, tmp_path):
     assert pin == {"repository": "ada/chat", "revision": hub.repositories["models", "ada/chat"][0]}
     assert not [path for path in space.rglob("*") if path.stat().st_size > 2_000_000]  # the hub bounds a Space's own
 
-    # A second one sends nothing; one after a change sends just that, and takes away what is gone.
+    # A second one sends nothing; one after a change sends just that, and removes what is gone.
     commits, requests = hub.commits, len(hub.requests)
     assert deploy("ada/chat").stdout.count("as it was") == 2
     assert hub.commits == commits
@@ -209,7 +210,7 @@ def test_deploy(exported_project, hub, tmp_path):
     other.mkdir(parents=True)
     (other / "thesis.md").write_text("hers\n")
     hub.add("models", "ada/other", "9" * 40, other)
-    assert "ada/other holds other things" in refused("ada/other") and (other / "thesis.md").is_file()
+    assert "model ada/other was not made by a deploy" in refused("ada/other") and (other / "thesis.md").is_file()
 
     # The Space, as the hub gives it, runs alone, with the models of the model repository; and what `make space` makes
     # runs without a hub and gives the same answers.
@@ -224,7 +225,7 @@ def test_deploy(exported_project, hub, tmp_path):
         answer = chats(address)
     with app_of(tmp_path / "space", **on_hub, HF_HUB_OFFLINE="1", SPACE_ID="ada/chat") as address:  # preloaded
         assert chats(address) == answer
-    project.run("commands.space")
+    project.run("commands", "space")
     with app_of(project.folder / "build/space", HF_HUB_OFFLINE="1") as address:
         assert chats(address) == answer
     for licence in ("LICENSE", "commit.txt", "requirements.txt"):

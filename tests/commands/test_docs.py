@@ -1,121 +1,192 @@
-"""The documentation is true: parameters, commands and files that README.md names are there, and all are named."""
+"""What `make docs` writes: nothing is stale, every difference has its reason, and DVC's rewriting loses no comment."""
 
-import os
 import re
-import subprocess
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
+from dvc.utils.hydra import apply_overrides
 
-from stages.common.params import Params, read_params
-from tests.support.project import ROOT, ships
+from commands import docs
+from commands.recipe import edited
+from stages.common.errors import StageError
+from stages.common.params import read_values
+from stages.common.schema import Params
+from tests.support.params import OTHER_VALUES
+from tests.support.project import RECIPE, ROOT, ships
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def parameter_table() -> str:
-    """The table of parameters as README.md must show it: name, value of each recipe, meaning."""
-    ours, reference = (read_params(ROOT / f"recipes/{name}.yaml") for name in ("smollm2-cpu", "phi2-oasst1"))
-    lines = ["| parameter | smollm2-cpu | phi2-oasst1 | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in Params.model_fields.items():
-        values = [shown(getattr(params, name)) for params in (ours, reference)]
-        lines.append(f"| {name} | {values[0]} | {values[1]} | {field.description} |")
-    return "\n".join(lines)
-
-
-def shown(value) -> str:
-    """A value as the table shows it; long ones are cut."""
-    if value is None or value == []:
-        return "all" if value == [] else "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    text = ", ".join(value) if isinstance(value, list) else str(value)
-    return text if len(text) <= 40 else text[:39] + "…"
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PAIRS = [(recipe, key) for recipe in RECIPES for key in Params.model_fields]
+# Another list of each key that may be one.
+LISTS: dict[str, list[Any]] = {
+    "dataset": ["owner/one", "owner/two"],
+    "dataset_revision": ["0" * 40, None],
+    "dataset_weights": [0.5, 2.0],
+    "tree_states": ["growing", "aborted_low_grade"],
+    "languages": ["de", "pt-BR"],
+    "target_modules": ["q_proj", "v_proj"],
+    "sample_prompts": ["Hello: how are you?", "Why?"],
+    "export_int8_layers": ["fc1", "lm_head"],
+}
 
 
-def test_the_table_of_parameters_is_true():
-    assert parameter_table() in README, "write this table into README.md:\n" + parameter_table()
+@pytest.fixture
+def generated(monkeypatch) -> dict[Path, str]:
+    monkeypatch.chdir(ROOT)
+    return docs.generated()
 
 
-def test_every_make_target_is_in_the_readme_and_every_named_one_exists():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
-    assert named == targets
-
-
-def test_make_alone_prints_every_target_and_does_nothing():
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-    result = subprocess.run(["make"], cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z-]+):.*## (.*)$", makefile, re.MULTILINE)
-    assert [line.split(None, 2)[1:] for line in result.stdout.splitlines()] == [list(target) for target in targets]
-
-
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:stages|data|models|reports|recipes|tests)/[\w./-]+)`", README)))
-)
-def test_files_that_the_readme_names_are_there(path):
-    made = [
-        next(iter(out)) if isinstance(out, dict) else out
-        for stage in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
-        for key in ("outs", "metrics", "plots")
-        for out in stage.get(key, [])
-    ]
-    known = (ROOT / path).exists() or any(path.rstrip("/").startswith(out) or out.startswith(path) for out in made)
-    assert known or path.startswith("models/checkpoints")
-
-
-def test_activating_lends_git_an_identity_only_where_there_is_none(tmp_path):
-    activate = ROOT / ".venv/bin/activate"
-    if not activate.exists():
-        pytest.skip("the environment was not made by make")
-    script = f'source "{activate}"; echo "$GIT_AUTHOR_NAME $GIT_COMMITTER_EMAIL"'
-
-    def activated(config: str) -> str:
-        (tmp_path / ".gitconfig").write_text(config)
-        env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "USER": "ada", "GIT_CONFIG_NOSYSTEM": "1"}
-        return subprocess.run(
-            ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
-        ).stdout.strip()
-
-    assert activated("") == "ada ada@localhost"
-    assert activated("[user]\nname = Ada\nemail = ada@example.com\n") == ""
-
-
-def test_every_stage_is_in_the_readme_and_opens_with_how_to_run_it():
-    for stage in YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]:
-        assert f"`{stage}`" in README or f"**{stage}**" in README
-        docstring = (ROOT / f"stages/{stage}.py").read_text(encoding="utf-8").split('"""')[1]
-        assert f"`dvc repro {stage}`" in docstring
+def test_make_docs_has_nothing_to_write(generated):
+    names = {"params.yaml", "dvc.yaml", "parameters.md", *(path.name for path in RECIPES)}
+    assert {path.name for path in generated} == names
+    for path, text in generated.items():
+        if path.name != "params.yaml":  # its values are the user's: see the next test
+            assert (ROOT / path).read_text(encoding="utf-8") == text, f"{path} is stale: run `make docs`"
 
 
 @ships
-def test_the_figures_in_the_readme_are_those_in_git():
-    from commands.summary import exported, table
-    from stages.common.artifacts import read_json
-
-    for line in [*table(read_json(ROOT / "reports/metrics.json")), exported(read_json(ROOT / "reports/export.json"))]:
-        assert line in README, f"README.md does not show: {line}"
+def test_the_comments_of_params_yaml_are_not_stale(generated):
+    assert (ROOT / "params.yaml").read_text(encoding="utf-8") == generated[Path("params.yaml")]
 
 
-def test_every_benchmark_and_test_that_is_named_is_there_and_all_benchmarks_are_named():
-    named = set(re.findall(r"`python -m (bench|tests)\.(\w+)", README))
-    for package, module in named:
-        assert (ROOT / package / f"{module}.py").is_file(), module
-    commands = {path.stem for path in (ROOT / "bench").glob("*.py") if "Run: `python -m" in path.read_text("utf-8")}
-    assert commands == {module for package, module in named if package == "bench"}
-    for expression in re.findall(r"`pytest [^`]*-k ['\"]?([\w ]+?)['\"]?(?: tests/\w+\.py)?`", README):
-        tests = " ".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-        for word in expression.split(" or "):
-            assert re.search(rf"def test_\w*{word}", tests), word
+def test_check_names_what_is_stale_and_writes_nothing(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copyfile(RECIPE, tmp_path / "params.yaml")
+    for name in ("stages", "dvc.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["docs"])
+    docs.main()
+    recipe = tmp_path / "recipes/phi2-oasst1.yaml"
+    before = recipe.read_text(encoding="utf-8")
+    edited = before.replace("# Rank of the LoRA matrices.", "# Rank.")
+    assert edited != before
+    recipe.write_text(edited, encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["docs", "--check"])
+    with pytest.raises(StageError, match=r"stale: recipes/phi2-oasst1.yaml. Run `make docs`."):
+        docs.main()
+    assert recipe.read_text(encoding="utf-8") == edited
+    monkeypatch.setattr("sys.argv", ["docs"])
+    docs.main()
+    assert recipe.read_text(encoding="utf-8") == before
 
 
-def test_nothing_names_a_machine_or_a_package_host():
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, files.split("\0")):
-        path = ROOT / name
-        if path.suffix in {".jsonl", ".png"} or not path.is_file() or path.name == "test_docs.py":
-            continue
-        text = path.read_text(encoding="utf-8")
-        assert str(ROOT) not in text and "index-url" not in text, name
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_each_value_that_differs_from_the_reference_has_a_reason(recipe):
+    text = recipe.read_text(encoding="utf-8")
+    values, reference = read_values(recipe), read_values(ROOT / f"recipes/{docs.REFERENCE}.yaml")
+    different = {key for key in values if values[key] != reference[key]}
+    assert docs.reasons(text).keys() == different
+    assert "why?" not in text
+    # A new difference without a reason is marked, so that this test finds it.
+    changed = text.replace("seed: 42", "seed: 43")
+    assert "Reference: 42; why?" in docs.annotated(changed, reference)
+
+
+def test_a_new_key_gets_its_default_and_its_stage_in_dvc_yaml(monkeypatch):
+    """A filter, say, needs its field alone: `make docs` writes the rest."""
+    text, reference = RECIPE.read_text(encoding="utf-8"), read_values(RECIPE)
+    lacking = re.sub(r"# Decoupled weight decay.\nweight_decay: .*\n", "", text)
+    assert lacking != text
+    with pytest.raises(StageError, match="weight_decay: give the field a default, or each recipe a value"):
+        docs.annotated(lacking, reference)
+    monkeypatch.setattr(Params.model_fields["weight_decay"], "default", 0.25)
+    assert "# Decoupled weight decay.\n# Reference: 0.0; why?\nweight_decay: 0.25\n" in docs.annotated(
+        lacking, reference
+    )
+    pipeline = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    without = pipeline.replace("    - weight_decay\n", "")
+    assert without != pipeline and docs.declared(without) == pipeline
+    assert docs.declared(pipeline.replace("    - lora_r\n", "    - lora_r\n    - gone\n")) == pipeline
+
+
+def test_every_key_is_once_on_the_page_of_parameters():
+    page = (ROOT / "docs/parameters.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\w+) \|", page, re.MULTILINE).count("parameter") == 7  # a table a stage
+    assert [key for key in re.findall(r"^\| (\w+) \|", page, re.MULTILINE) if key != "parameter"] == list(
+        Params.model_fields
+    )
+
+
+# DVC's rewriting: `dvc exp run -S key=value` ---------------------------------------------------------------------
+
+
+def written(value: Any) -> str:
+    """A value as Hydra's grammar of `-S key=value` takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(written(item) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if not isinstance(value, str):
+        return str(value)
+    quoted = value.replace("'", "\\'")
+    return f"'{quoted}'"
+
+
+def others(key: str, now: Any) -> list[Any]:
+    """Other valid values of a key, at least one, lists among them where it may be a list."""
+    (single,) = [values[key] for values in OTHER_VALUES.values() if key in values]
+    if isinstance(now, bool):
+        single = not now
+    assert single != now, key
+    return [single, LISTS[key]] if key in LISTS else [single]
+
+
+def without(text: str, key: str) -> list[str]:
+    """A parameter file's lines without those of a key's value; a folded text is one line, wherever it is folded."""
+    unfolded = re.sub(r" ?\n  (?=\S)", " ", text)
+    return re.sub(rf"^{key}:.*\n(- .*\n)*", f"{key}:\n", unfolded, flags=re.MULTILINE).splitlines()
+
+
+def comments(text: str) -> list[str]:
+    return sorted(re.findall(r"(?:^|\s)(# .*)$", text, re.MULTILINE))
+
+
+def overridden(path: Path, key: str, value: Any) -> str:
+    apply_overrides(path, [f"{key}={written(value)}"])
+    assert read_values(path)[key] == value
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_lists_are_those_that_the_schema_allows():
+    assert LISTS.keys() == {key for key in Params.model_fields if docs.may_be_a_list(key)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_dvc_changes_one_key_and_loses_no_comment(recipe, tmp_path):
+    """For every key: to each other value, one after the other, and back to the first."""
+    path, before = tmp_path / "params.yaml", recipe.read_text(encoding="utf-8")
+    for key, now in read_values(recipe).items():
+        path.write_text(before, encoding="utf-8")
+        for value in [*others(key, now), now]:
+            after = overridden(path, key, value)
+            assert without(after, key) == without(before, key), f"{key}={value}"
+            assert comments(after) == comments(before), f"{key}={value}"
+
+
+@pytest.mark.slow
+def test_dvc_changes_several_keys_one_after_the_other_and_loses_no_comment(tmp_path):
+    path, before = tmp_path / "params.yaml", RECIPE.read_text(encoding="utf-8")
+    path.write_text(before, encoding="utf-8")
+    changed = {}
+    for key, now in read_values(RECIPE).items():
+        changed[key] = others(key, now)[-1]
+        overridden(path, key, changed[key])
+    assert read_values(path) == changed
+    assert comments(path.read_text(encoding="utf-8")) == comments(before)
+
+
+def test_a_file_that_only_lost_its_comments_is_not_edited(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    path, text = tmp_path / "params.yaml", RECIPE.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+    overridden(path, "max_steps", 11)
+    assert edited(path)
+    overridden(path, "max_steps", 10)
+    assert not edited(path)
+    path.write_text(re.sub(r"(^| )#.*", "", text, flags=re.MULTILINE), encoding="utf-8")
+    assert "#" not in path.read_text(encoding="utf-8") and not edited(path)
+    path.write_text("seed: [1", encoding="utf-8")
+    assert edited(path)  # a broken file is a person's work, too

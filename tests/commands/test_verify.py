@@ -1,21 +1,22 @@
-"""`make verify` names the first output that differs, and tells another machine from another run."""
+"""`make verify` names the first output that differs, and can tell another machine from another run."""
 
 import json
+import math
 import shutil
 import subprocess
+from hashlib import md5
 
 import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from commands.verify import first_difference, read_lock, recorded_run, verdict
+from commands.lockfile import parameters, read_lock
+from commands.verify import first_difference, recorded_run, verdict
 from stages.common.errors import StageError
 
 
 def made(folder, *, data="d", weights="w", loss=2.0, steps=(1, 2), seed=42, tuned=None):
     """A folder as a finished run leaves it: dvc.lock, one data file, one model, a curve and the figures."""
-    from hashlib import md5
-
     for name, text in (
         ("data/raw/rows.jsonl", data),
         ("models/adapter/a.bin", "same"),
@@ -27,7 +28,7 @@ def made(folder, *, data="d", weights="w", loss=2.0, steps=(1, 2), seed=42, tune
     for split in ("train", "validation"):
         curve = pd.DataFrame({"step": steps, "loss": [loss + 1, loss]})
         curve.to_csv(folder / f"reports/loss/{split}.csv", index=False)
-    figures = {"base": {"loss": 3.0}, "tuned": {"loss": loss if tuned is None else tuned}}
+    figures = {"base_ppl": math.exp(3.0), "ppl": math.exp(loss if tuned is None else tuned)}
     (folder / "reports/metrics.json").write_text(json.dumps(figures))
 
     def digest(text: str) -> str:
@@ -54,7 +55,14 @@ def test_the_first_output_that_differs_is_named_with_its_file(tmp_path):
     assert first_difference(one, made(tmp_path / "both", data="other", weights="other")) == "data/raw/rows.jsonl"
 
 
-def test_another_machine_is_told_from_another_run(tmp_path):
+def test_the_lock_file_is_read_in_the_order_of_the_pipeline(tmp_path):
+    stages = read_lock(made(tmp_path / "one"))
+    assert list(stages) == ["fetch", "train"]
+    assert parameters(stages) == {"seed": 42}
+    assert parameters(read_lock(tmp_path)) == {}  # no file
+
+
+def test_another_machine_is_no_other_run(tmp_path):
     one = made(tmp_path / "one")
     assert "has the same bits" in verdict(one, made(tmp_path / "same"))
     near = verdict(one, made(tmp_path / "near", weights="other", loss=2.0005))
@@ -81,7 +89,7 @@ def test_another_machine_is_told_from_another_run(tmp_path):
 
 
 def test_what_counts_is_what_git_has_recorded(tmp_path):
-    """Not what was run since: on another machine that would be its own word."""
+    """Not what was run since: otherwise a run would be compared with itself."""
     project = made(tmp_path / "project")
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "recorded"]):
         subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *command], cwd=project, check=True)
@@ -99,14 +107,12 @@ def test_what_counts_is_what_git_has_recorded(tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_two_runs_from_nothing_give_the_same_bits(tiny_project):
-    tiny_project.run("dvc", "repro")
-    tiny_project.commit("recorded")
-    before = (tiny_project.folder / "dvc.lock").read_bytes()
-    said = tiny_project.run("commands.verify").stdout
+def test_two_runs_from_nothing_give_the_same_bits(finished_project):
+    before = (finished_project.folder / "dvc.lock").read_bytes()
+    said = finished_project.run("commands", "verify").stdout
     assert "two runs from nothing gave the same" in said and "outputs, bit for bit" in said
     assert "The run in dvc.lock has the same bits, too" in said
-    assert (tiny_project.folder / "dvc.lock").read_bytes() == before
+    assert (finished_project.folder / "dvc.lock").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -116,10 +122,11 @@ def test_a_stage_that_is_not_repeatable_is_found(tiny_project):
     stage = tiny_project.folder / "stages/prepare.py"
     code = stage.read_text(encoding="utf-8")
     changed = code.replace(
-        'write_json(folder / "params.json", vars(params))', 'write_json(folder / "params.json", id(params))'
+        'write_json(folder / "params.json", params.model_dump())',
+        'write_json(folder / "params.json", str(folder.resolve()))',
     )
     assert changed != code
-    stage.write_text(changed.replace("id(params)", "str(folder.resolve())"), encoding="utf-8")
-    result = tiny_project.run("commands.verify", "prepare", check=False)
+    stage.write_text(changed, encoding="utf-8")
+    result = tiny_project.run("commands", "verify", "prepare", check=False)
     assert result.returncode == 1
     assert "error: data/prepared/params.json differs between two runs from nothing" in result.stderr

@@ -1,108 +1,49 @@
 """The chat page in a real browser: headless Chromium, with tiny models that take their time.
 
-Each test leaves screenshots in its temporary folder (`pytest --basetemp=… ` chooses where).
+Each test leaves screenshots in its temporary folder (`pytest --basetemp=…` chooses where).
 """
 
-import os
 import re
 import time
 
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
 from bench.chat_server import idle, wait_until
-from bench.screenshots import chromium
-from tests.support.serving import Paced, served
+from chatapp.server.fair_queue import FairQueue
+from tests.support.chat_page import executable, opened
+from tests.support.serving import COMMIT, Paced, served
 
 pytestmark = pytest.mark.slow
-CHROMIUM = chromium()
-WAIT = 120_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
-        assert "CI" not in os.environ, "there is no chromium here, and without it the page is not tested"
-        pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
+    """One browser for the module. Playwright keeps an event loop in this thread, so other modules must not share it."""
+    path = executable()
     with sync_playwright() as playwright:
-        # Nothing but loopback can be reached, whatever a page asks for.
+        # The browser can reach nothing but loopback, whatever a page asks for.
         blocked = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=blocked)
+        browser = playwright.chromium.launch(executable_path=path, args=blocked)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_models):
-    from engine import Engine
-
-    return {name: Paced(Engine(tiny_models / name, threads=1), 0.01) for name in ("tuned", "base")}
-
-
-@pytest.fixture(scope="module")
 def address(engines):
-    from fair_queue import FairQueue
-
-    with served(engines, FairQueue()) as address:
+    """The app with engines that take 10 ms for each piece."""
+    slow = {name: Paced(engine, 0.01) for name, engine in engines.items()}
+    with served(slow, FairQueue()) as address:
         yield address
-
-
-class Chat:
-    """The page as a reader sees it; `outside` collects what it wanted to load from elsewhere."""
-
-    def __init__(self, page, folder) -> None:
-        self.page = page
-        self.folder = folder
-        self.outside: list[str] = []
-        self.faults: list[str] = []
-        page.set_default_timeout(WAIT)
-        page.on("request", lambda request: self._note(request.url))
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.box = page.get_by_role("textbox", name=re.compile("^Message(?! to all)"))
-        self.questions = page.locator('#chat [data-testid="user"]')
-        self.answers = page.locator('#chat .bot.message .message:not(.thought) [data-testid="bot"]')
-        self.notes = page.locator("#chat .bot.message .thought")
-        self.send = page.locator("#chat-box").get_by_role("button", name="Send")
-        self.stop = page.locator("#chat-box").get_by_role("button", name="Stop")
-
-    def _note(self, url: str) -> None:
-        if not re.match(r"(http://127\.0\.0\.1:|data:|blob:)", url):
-            self.outside.append(url)
-
-    def open(self, address: str) -> "Chat":
-        self.page.goto(address)
-        self.box.wait_for()
-        return self
-
-    def set_max_tokens(self, count: int) -> None:
-        self.page.get_by_role("button", name="Settings").click()
-        field, slider = (self.page.get_by_role(role, name="Max tokens") for role in ("spinbutton", "slider"))
-
-        def taken() -> bool:
-            """What is typed while the page is still being set up, it forgets; nobody is as fast but a test."""
-            field.fill(str(count))
-            field.press("Tab")
-            time.sleep(0.2)
-            # The slider stands at the step nearest to it.
-            return field.input_value() == str(count) and abs(int(slider.input_value()) - count) < 8
-
-        wait_until(taken)
-        self.page.get_by_role("button", name="Settings").click()
-
-    def shot(self, name: str) -> None:
-        self.page.screenshot(path=self.folder / f"{name}.png")
 
 
 @pytest.fixture
 def chat(browser, address, tmp_path, request):
-    options = getattr(request, "param", {})
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-    chat = Chat(context.new_page(), tmp_path).open(address)
+    chat = opened(browser, address, tmp_path, **getattr(request, "param", {}))
     yield chat
     chat.shot("end")
-    context.close()
+    chat.page.context.close()
     assert chat.outside == [] and chat.faults == []
 
 
@@ -121,22 +62,20 @@ def test_an_answer_streams_with_its_speed(chat):
     assert re.search(r"128 tokens · \d+\.\d tokens/s.* · cut at max tokens", chat.notes.first.text_content())
     assert chat.box.input_value() == ""
     # The next turn goes on with the conversation.
-    chat.box.fill("And of Spain?")
-    chat.box.press("Enter")
+    chat.ask("And of Spain?")
     chat.stop.wait_for()
     chat.send.wait_for()
     assert chat.questions.count() == chat.answers.count() == 2
 
 
-def test_stop_keeps_what_was_said_and_frees_the_model(chat, address):
+def test_stop_keeps_the_text_and_frees_the_model(chat, address):
     chat.set_max_tokens(1000)
-    chat.box.fill("Tell me a long story")
-    chat.box.press("Enter")
+    chat.ask("Tell me a long story")
     wait_until(lambda: chat.answers.count() and len(chat.answers.first.text_content()) > 20)
     chat.stop.click()
     chat.send.wait_for()
     assert wait_until(lambda: idle(address)) < 1
-    wait_until(lambda: "stopped" in chat.notes.first.text_content())
+    chat.wait_for_note("stopped")
     said = chat.answers.first.text_content()
     time.sleep(0.5)
     assert len(said) > 20 and chat.answers.first.text_content() == said
@@ -144,8 +83,7 @@ def test_stop_keeps_what_was_said_and_frees_the_model(chat, address):
 
 def test_retry_gives_another_answer_and_undo_gives_the_question_back(chat):
     chat.set_max_tokens(16)
-    chat.box.fill("first")
-    chat.box.press("Enter")
+    chat.ask("first")
     chat.stop.wait_for()
     chat.send.wait_for()
     before = chat.answers.first.text_content()
@@ -161,7 +99,7 @@ def test_retry_gives_another_answer_and_undo_gives_the_question_back(chat):
 def test_an_example_is_asked_with_a_click(chat):
     chat.set_max_tokens(8)
     chat.page.get_by_role("button", name="Select example 2").click()
-    wait_until(lambda: chat.notes.count() and "8 tokens" in chat.notes.first.text_content())
+    chat.wait_for_note("8 tokens")
     assert "sky is blue" in chat.questions.first.text_content()
 
 
@@ -199,11 +137,11 @@ def test_the_card_is_on_the_page(chat):
     about = chat.page.locator("#about")
     about.wait_for()
     # Parameters, what was measured, the data's version and the project's commit.
-    for fact in ("lora_r", "perplexity", "ada/trees", "9" * 40, "a1b2c3"):
+    for fact in ("lora_r", "perplexity", "ada/trees", "9" * 40, COMMIT):
         assert fact in about.text_content(), fact
 
 
-def test_all_of_it_works_by_keyboard(chat):
+def test_everything_works_by_keyboard(chat):
     chat.set_max_tokens(400)
     page = chat.page
     page.reload()
@@ -221,7 +159,7 @@ def test_all_of_it_works_by_keyboard(chat):
             break
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    wait_until(lambda: chat.notes.count() and "stopped" in chat.notes.first.text_content())
+    chat.wait_for_note("stopped")
     assert chat.questions.count() == 1 and "two\nlines" in chat.questions.first.inner_text()
     page.keyboard.press("Shift+Tab")
 
@@ -249,9 +187,8 @@ def test_dark_mode_follows_the_system(chat):
         return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
 
     chat.set_max_tokens(16)
-    chat.box.fill("hello")
-    chat.box.press("Enter")
-    wait_until(lambda: chat.notes.count() and "16 tokens" in chat.notes.first.text_content())
+    chat.ask("hello")
+    chat.wait_for_note("16 tokens")
     assert brightness("body", "backgroundColor") < 60
     for text in ('#chat [data-testid="user"]', '#chat [data-testid="bot"]', "#chat-box textarea"):
         assert brightness(text, "color") > 150, text
@@ -261,7 +198,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 
 
 @pytest.mark.parametrize("chat", [PHONE], indirect=True)
-def test_a_phone_shows_all_of_it_without_scrolling_sideways(chat):
+def test_a_phone_shows_everything_without_sideways_scrolling(chat):
     chat.set_max_tokens(16)
     page = chat.page
 
@@ -273,7 +210,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(chat):
     assert box["y"] + box["height"] <= 844  # one sees where to type
     chat.box.fill("hello " * 20)
     chat.send.tap()
-    wait_until(lambda: chat.notes.count() and "16 tokens" in chat.notes.first.text_content())
+    chat.wait_for_note("16 tokens")
     assert fits()
     chat.shot("chat")
     page.get_by_role("tab", name="Compare").tap()
@@ -286,23 +223,20 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(chat):
 
 
 def test_a_closed_page_frees_the_model(browser, address, tmp_path):
-    context = browser.new_context()
-    chat = Chat(context.new_page(), tmp_path).open(address)
+    chat = opened(browser, address, tmp_path)
     chat.set_max_tokens(1000)
-    chat.box.fill("Tell me a long story")
-    chat.box.press("Enter")
+    chat.ask("Tell me a long story")
     wait_until(lambda: chat.answers.count() and chat.answers.first.text_content())
     assert not idle(address)
-    context.close()
+    chat.page.context.close()
     assert wait_until(lambda: idle(address)) < 1
 
 
-def test_a_page_and_the_api_share_the_line(chat, address):
+def test_a_page_and_the_api_share_the_queue(chat, address):
     chat.set_max_tokens(100)
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 150, "stream": True}
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
         assert response.status_code == 200
-        chat.box.fill("hello")
-        chat.box.press("Enter")
-        wait_until(lambda: chat.notes.count() and "waiting: 1 answer" in chat.notes.first.text_content())
-    wait_until(lambda: "tokens/s" in chat.notes.first.text_content())
+        chat.ask("hello")
+        chat.wait_for_note("waiting: 1 answer")
+    chat.wait_for_note("tokens/s")

@@ -4,30 +4,21 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from chat import speed
-from engine import Chunk
-from test_engine import exported
 
+from chat import summary
+from chatapp.engine import Chunk
 from tests.support.project import ROOT
 
 CHAT = [sys.executable, str(ROOT / "space/chat.py")]
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_llama, tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        made = exported(tiny_llama, "smollm2-cpu", "chatml", tmp_path_factory.mktemp("chat"), monkeypatch)
-        return made.folder
-
-
 @pytest.mark.slow
-def test_a_conversation_with_commands(folder):
+def test_a_conversation_with_commands(exported_llama):
     typed = "Hello!\nAnd then?\n/reset\nHello!\n/system Be brief.\nHello!\n/what\n\n/quit\nnever read\n"
     result = subprocess.run(
-        [*CHAT, "--model", str(folder), "--seed", "1", "--max-tokens", "12"],
+        [*CHAT, "--model", str(exported_llama.folder), "--seed", "1", "--max-tokens", "12"],
         input=typed,
         capture_output=True,
         text=True,
@@ -36,14 +27,14 @@ def test_a_conversation_with_commands(folder):
     answers = [line for line in result.stdout.splitlines() if line.startswith("[")]
     assert len(answers) == 4 and all("a second" in line for line in answers)
     assert "from the cache" in answers[1]
-    assert "The conversation is forgotten." in result.stdout and "with this system message" in result.stdout
-    assert result.stdout.count("/reset forgets") == 2 and "never read" not in result.stdout
+    assert "A new conversation.\n" in result.stdout and "with this system message" in result.stdout
+    assert result.stdout.count("/reset begins") == 2 and "never read" not in result.stdout
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(folder):
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(exported_llama):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [*CHAT, "--model", str(folder), "--seed", "1", "--max-tokens", "400", "--temperature", "2"]
+    command = [*CHAT, "--model", str(exported_llama.folder), "--seed", "1", "--max-tokens", "400", "--temperature", "2"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:
@@ -67,8 +58,8 @@ def test_nothing_exported_and_wrong_settings_are_one_line(tmp_path):
     assert result.returncode == 1 and result.stderr == "error: temperature must be a number from 0 to 5\n"
 
 
-def test_what_is_said_below_an_answer():
-    said = speed(Chunk("", 30, "length", dropped_turns=2, prompt_tokens=100, reused_tokens=80), 2.0)
+def test_the_line_below_an_answer():
+    said = summary(Chunk("", 30, "length", dropped_turns=2, prompt_tokens=100, reused_tokens=80), 2.0)
     for part in ("30 tokens, 15 a second", "80 of 100 prompt tokens", "2 turn(s)", "--max-tokens"):
         assert part in said
-    assert speed(Chunk("", 3, "cancelled"), 1.0) == "[3 tokens, 3 a second; stopped]"
+    assert summary(Chunk("", 3, "cancelled"), 1.0) == "[3 tokens, 3 a second; stopped]"

@@ -1,14 +1,15 @@
-"""The line before the model: bounded, fair, and free of whoever left."""
+"""The fair queue: bounded, fair, and a client that leaves frees its place."""
 
 import asyncio
 import threading
 
 import pytest
-from fair_queue import Busy, Client, FairQueue
+
+from chatapp.server.fair_queue import Busy, Client, FairQueue
 
 
 class Gate:
-    """Work that yields its name when it begins, and ends when it is told to."""
+    """Work that yields its name when it begins, and ends when the gate opens or it is cancelled."""
 
     def __init__(self) -> None:
         self.order: list[str] = []
@@ -33,7 +34,7 @@ def run(scenario):
 
 
 def order_of(clients: list[Client]) -> list[str]:
-    """In which order jobs of these clients are served that join one after the other while another one runs."""
+    """The order in which the queue serves jobs of these clients; they join one by one while another job runs."""
 
     async def scenario():
         queue, gate = FairQueue(), Gate()
@@ -67,7 +68,7 @@ def test_an_address_with_many_sessions_has_no_more_turns_than_another():
     assert order_of([*sessions, sessions[0], Client("b"), Client("b")]) == ["a0", "b", "a1", "b", "a2", "a0"]
 
 
-def test_newcomers_do_not_pass_who_waits_longer():
+def test_newcomers_do_not_pass_clients_that_wait_longer():
     async def scenario():
         queue, order, permits = FairQueue(), [], threading.Semaphore(0)
 
@@ -92,7 +93,7 @@ def test_newcomers_do_not_pass_who_waits_longer():
     assert run(scenario()) == ["a", "b0", "a", "b1", "b2", "a"]
 
 
-def test_a_full_line_refuses_and_says_when_to_come_again():
+def test_a_full_queue_refuses_and_says_when_to_retry():
     async def scenario():
         queue, gate = FairQueue(places=2), Gate()
         jobs = [queue.join(Client(name), gate.work(name)) for name in "abc"]
@@ -106,7 +107,7 @@ def test_a_full_line_refuses_and_says_when_to_come_again():
     run(scenario())
 
 
-def test_who_fills_the_line_gives_a_place_to_a_newcomer():
+def test_a_client_that_fills_the_queue_loses_a_place_to_a_newcomer():
     async def scenario():
         queue, gate = FairQueue(places=4), Gate()
         greedy = [queue.join(Client("greedy"), gate.work(str(i))) for i in range(5)]
@@ -122,7 +123,7 @@ def test_who_fills_the_line_gives_a_place_to_a_newcomer():
     assert run(scenario()) == ["0", "new", "1", "2", "3"]
 
 
-def test_no_one_waits_longer_than_their_patience():
+def test_nobody_waits_longer_than_the_patience():
     async def scenario():
         queue, gate = FairQueue(patience=0.1), Gate()
         first = queue.join(Client("a"), gate.work("a"))
@@ -135,7 +136,7 @@ def test_no_one_waits_longer_than_their_patience():
     run(scenario())
 
 
-def test_who_leaves_frees_the_place_and_the_model():
+def test_a_client_that_leaves_frees_its_place_and_the_model():
     async def scenario():
         queue, gate = FairQueue(), Gate()
         async with queue.join(Client("a"), gate.work("a")) as running:
@@ -150,7 +151,7 @@ def test_who_leaves_frees_the_place_and_the_model():
         last.leave()
         while queue.running:
             await asyncio.sleep(0.01)
-        assert queue._served == {}  # nothing is kept of who has gone
+        assert queue._served == {}  # nothing is kept of clients that left
 
     run(scenario())
 

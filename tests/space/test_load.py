@@ -8,10 +8,10 @@ import time
 import httpx
 import psutil
 import pytest
-from engine import Engine
-from fair_queue import FairQueue
 
-from bench.chat_server import chat_server, idle, wait_until
+from bench.chat_server import idle, wait_until
+from chatapp.server import request_timeout
+from chatapp.server.fair_queue import FairQueue
 from tests.support.serving import Paced, served
 
 pytestmark = pytest.mark.slow
@@ -28,6 +28,12 @@ async def ask(client: httpx.AsyncClient, key: int | str, **options) -> httpx.Res
     return await client.post("/v1/chat/completions", json=body(**options), headers={"Authorization": f"Bearer {key}"})
 
 
+def head(host: str, content: bytes) -> bytes:
+    """The head of a request with this body."""
+    lines = ["POST /v1/chat/completions HTTP/1.1", f"Host: {host}", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode()
+
+
 def at_once(address: str, scenario):
     """Run `scenario(client)` with an asynchronous client of that address."""
 
@@ -39,21 +45,9 @@ def at_once(address: str, scenario):
 
 
 @pytest.fixture(scope="module")
-def running(tiny_models):
-    """The app in a process of its own; gives its address and the process."""
-    with chat_server(tiny_models) as (address, process):
-        yield address, process
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_models):
-    return Engine(tiny_models / "tuned", threads=1)
-
-
-@pytest.fixture
-def paced(engine):
-    """The app with an engine that takes 20 ms for each piece; gives its address."""
-    with served({"tuned": Paced(engine, 0.02)}, FairQueue(places=8), send_buffer=4096) as address:
+def paced(engines):
+    """The app with one engine that takes 20 ms for each piece, and 8 places; gives its address."""
+    with served({"tuned": Paced(engines["tuned"], 0.02)}, FairQueue(places=8)) as address:
         yield address
 
 
@@ -67,7 +61,7 @@ def test_32_clients_at_once_are_all_answered(running):
     assert wait_until(lambda: idle(running[0])) < 5
 
 
-def test_beyond_its_places_it_says_busy_and_when_to_come_again(paced):
+def test_a_full_queue_answers_busy_and_when_to_retry(paced):
     async def scenario(client):
         return await asyncio.gather(*(ask(client, key, stream=key % 2 == 0) for key in range(32)))
 
@@ -102,7 +96,7 @@ def test_a_greedy_client_does_not_starve_another(paced):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_the_model_within_a_second(paced, stream):
+def test_a_client_that_disconnects_frees_the_model_within_a_second(paced, stream):
     async def scenario(client):
         sent = client.build_request("POST", "/v1/chat/completions", json=body(max_tokens=2000, stream=stream))
         task = asyncio.create_task(client.send(sent, stream=True))
@@ -121,26 +115,22 @@ def test_a_client_that_goes_away_frees_the_model_within_a_second(paced, stream):
     assert wait_until(lambda: idle(paced)) < 1
 
 
-def test_a_client_that_never_reads_holds_nobody_up(paced):
-    host, port = paced.removeprefix("http://").split(":")
+def test_a_client_that_never_reads_delays_nobody(engines):
     content = json.dumps(body(max_tokens=600, stream=True)).encode()
-    with socket.socket() as lazy:
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the least that the system allows
+    # 600 tokens are more than all buffers hold, so a server that waits for this client would never answer the other.
+    with served({"tuned": engines["tuned"]}, FairQueue(), send_buffer=4096) as address, socket.socket() as lazy:
+        host, port = address.removeprefix("http://").split(":")
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the system's minimum
         lazy.connect((host, int(port)))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        lazy.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        wait_until(lambda: not idle(paced))
-        # More than the buffers between the two hold (see `served`): who waited for the client would wait here.
-        assert httpx.post(f"{paced}/v1/chat/completions", json=body(), timeout=60).status_code == 200
+        lazy.sendall(head(host, content) + content)
+        wait_until(lambda: not idle(address))
+        assert httpx.post(f"{address}/v1/chat/completions", json=body(), timeout=60).status_code == 200
 
 
-def test_connections_that_send_nothing_take_nobodys_place(tiny_models, monkeypatch):
-    """Idle ones, and ones that send their request a byte at a time, are closed; those that are in time are served."""
-    import limits
-
-    monkeypatch.setattr(limits, "SLOWEST_REQUEST", 3)
-    engine = Engine(tiny_models / "tuned", threads=1)
-    with served({"tuned": engine}, FairQueue(), http=limits.PunctualProtocol, ws="none") as address:
+def test_idle_connections_are_closed(engines, monkeypatch):
+    """Connections that send nothing, or one byte at a time, are closed. Requests that arrive in time are served."""
+    monkeypatch.setattr(request_timeout, "TIMEOUT_REQUEST", 3)
+    with served(engines, FairQueue(), http=request_timeout.RequestTimeoutProtocol, ws="none") as address:
         host, port = address.removeprefix("http://").split(":")
         idle_ones = [socket.create_connection((host, int(port))) for _ in range(20)]
         trickling = socket.create_connection((host, int(port)))
@@ -169,21 +159,11 @@ def test_connections_that_send_nothing_take_nobodys_place(tiny_models, monkeypat
 
 def client_of_two_parts(host: str, port: int, pause: float) -> bytes:
     content = json.dumps(body(max_tokens=80)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, port)) as one:
-        one.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:10])
+        one.sendall(head(host, content) + content[:10])
         time.sleep(pause)
         one.sendall(content[10:])
         return one.recv(1000)
-
-
-def test_who_a_client_is_cannot_be_claimed():
-    """Outside of a Space nobody may say who they are: each request would be another client's."""
-    from app import server_settings
-
-    assert server_settings(in_a_space=False)["proxy_headers"] is False
-    trusted = server_settings(in_a_space=True)
-    assert trusted["proxy_headers"] is True and "10.0.0.0/8" in trusted["forwarded_allow_ips"]
 
 
 GRADIO = [
@@ -204,14 +184,14 @@ GRADIO = [
 ]
 
 
-def test_hostile_requests_to_the_page_harm_nobody(running):
+def test_hostile_requests_to_the_page_do_no_harm(running):
     address, process = running
     with httpx.Client(base_url=address, timeout=60) as client:
         for path, content in GRADIO:
             response = client.post(path, content=content, headers=JSON)
-            # What only its own event can tell to be wrong is taken, and ends there.
+            # Gradio accepts some wrong requests, and then ends their event with an error.
             assert 400 <= response.status_code < 500 or response.json().keys() == {"event_id"}, (path, content[:60])
-        for session in "cd":  # what they were promised, they may listen to
+        for session in "cd":  # listen to the events that were accepted
             try:
                 with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}", timeout=2) as events:
                     next(events.iter_lines(), None)
@@ -243,7 +223,7 @@ HOSTILE = [
 ]
 
 
-def test_hostile_requests_get_a_4xx_and_harm_nobody(running):
+def test_hostile_requests_get_a_4xx_and_do_no_harm(running):
     address, process = running
 
     async def scenario(client):
@@ -281,7 +261,7 @@ def test_memory_is_bounded_over_500_requests(running):
             assert {response.status_code for response in await asyncio.gather(*batch)} == {200}
 
     memory = psutil.Process(process.pid).memory_info
-    at_once(address, lambda client: some(client, 100))  # whatever is made once is made now
+    at_once(address, lambda client: some(client, 100))  # what is made once is made now
     before = memory().rss
     at_once(address, lambda client: some(client, 500))
     grown = (memory().rss - before) / 2**20

@@ -1,4 +1,4 @@
-"""Checkpoints: only whole ones are used, few are kept, and a stopped run ends as an unbroken one would have."""
+"""Checkpoints: only complete ones are used, few are kept, and a stopped run ends as an unbroken one would have."""
 
 import os
 import signal
@@ -6,15 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import TINY, load_tiny, tokens, train_params
+from transformers import TrainerCallback
 
-from stages import checkpoints
+from stages.common import checkpoints, trainer
 from stages.common.checkpoints import SEAL, StopWhenAsked, last_checkpoint, remove_abandoned, seal
 from stages.common.errors import StageError
-from stages.train import build_trainer, loss_curves, train_to_the_end, training_arguments
+from stages.common.trainer import loss_curves, train_to_the_end
+from tests.support.params import TINY_TRAINING, train_params
+from tests.support.training import tiny_trainer, tokens
 
 
-def test_half_written_and_damaged_checkpoints_are_passed_over(tmp_path, capsys):
+def test_half_written_and_damaged_checkpoints_are_skipped(tmp_path, capsys):
     for step in (2, 10, 12, 14, 16):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/optimizer.pt").write_text(f"state {step}")
@@ -25,12 +27,12 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     said = capsys.readouterr().out.splitlines()
     assert [line.split("checkpoint-")[1] for line in said] == [
-        "16: it was not written to its end",
-        "14: it was not written to its end",
-        "12: it is damaged, its files are not those that were written",
+        "16: it is incomplete",
+        "14: it is incomplete",
+        "12: it is damaged, its files have changed",
     ]
     assert last_checkpoint(tmp_path / "none") is None
-    # They would else count among the few that are kept.
+    # Otherwise they would count among the few that are kept.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
@@ -45,9 +47,7 @@ def test_checkpoints_of_abandoned_runs_are_bounded(tmp_path):
 
 
 def test_the_older_ones_go_when_the_newest_is_sealed_and_not_before(tiny_llama, monkeypatch, tmp_path):
-    params = train_params(
-        "smollm2-cpu", monkeypatch, **{**TINY, "max_steps": 3, "save_steps": 1, "save_total_limit": 1}
-    )
+    params = train_params(**{**TINY_TRAINING, "max_steps": 3, "save_steps": 1, "save_total_limit": 1})
     rows, tokenizer = tokens(tiny_llama, "chatml")
     there = []
 
@@ -55,9 +55,8 @@ def test_the_older_ones_go_when_the_newest_is_sealed_and_not_before(tiny_llama, 
         there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
         seal(folder, *args)
 
-    monkeypatch.setattr(checkpoints, "seal", sealing)
-    args = training_arguments(params, tmp_path)
-    build_trainer(load_tiny(tiny_llama, params), args, rows, rows[:2], tokenizer).train()
+    monkeypatch.setattr(trainer, "seal", sealing)
+    tiny_trainer(tiny_llama, params, rows, tokenizer, tmp_path, held_out=rows[:2]).train()
     assert there == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -65,7 +64,7 @@ def test_the_older_ones_go_when_the_newest_is_sealed_and_not_before(tiny_llama, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_stops_at_once(number, monkeypatch):
-    monkeypatch.setattr(checkpoints, "ECHO", 0)
+    monkeypatch.setattr(checkpoints, "REPEAT_SECONDS", 0)
     stop, control = StopWhenAsked(), SimpleNamespace(should_save=False, should_training_stop=False)
     before = signal.getsignal(number)
     with stop.listening():
@@ -77,12 +76,12 @@ def test_a_second_signal_stops_at_once(number, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
             signal.pause()
-    # Of SIGTERM an echo may come after the end, too.
+    # A forwarded SIGTERM may also come after the training has ended: it is ignored.
     assert signal.getsignal(number) == (signal.SIG_IGN if number == signal.SIGTERM else before)
     signal.signal(number, before)
 
 
-def test_a_terminated_group_is_one_signal_however_many_pass_it_on():
+def test_a_terminated_group_is_one_signal_however_many_processes_forward_it():
     stop, before = StopWhenAsked(), signal.getsignal(signal.SIGTERM)
     with stop.listening():
         for _ in range(3):
@@ -94,11 +93,9 @@ def test_a_terminated_group_is_one_signal_however_many_pass_it_on():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_stopped_training_ends_with_the_same_bits_and_curve(tiny_llama, monkeypatch, tmp_path):
-    """Also where the stop falls between two points of the curve, and in the middle of an epoch."""
-    from transformers import TrainerCallback
-
-    params = train_params("smollm2-cpu", monkeypatch, **{**TINY, "max_steps": 6, "logging_steps": 4, "save_steps": 6})
+def test_a_stopped_training_ends_with_the_same_bits_and_curve(tiny_llama, tmp_path):
+    """Also if the stop falls between two points of the curve, and in the middle of an epoch."""
+    params = train_params(**{**TINY_TRAINING, "max_steps": 6, "logging_steps": 4, "save_steps": 6})
     rows, tokenizer = tokens(tiny_llama, "chatml")
 
     class Interrupt(TrainerCallback):
@@ -107,10 +104,8 @@ def test_a_stopped_training_ends_with_the_same_bits_and_curve(tiny_llama, monkey
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def trained(folder, *callbacks):
-        torch.manual_seed(1234)  # whatever the random state is before: it must not matter
-        trainer = build_trainer(
-            load_tiny(tiny_llama, params), training_arguments(params, folder), rows, rows[:4], tokenizer
-        )
+        torch.manual_seed(1234)  # the random state before a training must not matter
+        trainer = tiny_trainer(tiny_llama, params, rows, tokenizer, folder, held_out=rows[:4])
         for callback in callbacks:
             trainer.add_callback(callback)
         train_to_the_end(trainer, folder)

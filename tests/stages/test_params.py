@@ -1,18 +1,25 @@
 """params.yaml: the schema, its messages, and that DVC's picture of who reads what is true."""
 
-import ast
 import re
 
 import pytest
-from ruamel.yaml import YAML
+from dvc.repo import Repo
 
 from stages.common.errors import StageError
-from stages.common.params import Params, declared_keys, read_params
+from stages.common.params import load_params, read_params, section_of
+from stages.common.pipeline import read_pipeline
+from stages.common.schema import SECTIONS, FetchParams, MergeParams, Params
+from tests.support.params import OTHER_VALUES
 from tests.support.project import RECIPE, ROOT, ships
 
-STAGES = ["fetch", "prepare", "tokenize", "train", "merge", "evaluate", "export"]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-DVC_YAML = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+PIPELINE = read_pipeline(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    """Chat templates are looked up in the project's folder."""
+    monkeypatch.chdir(ROOT)
 
 
 def edited(tmp_path, *lines: str):
@@ -20,7 +27,7 @@ def edited(tmp_path, *lines: str):
     text = RECIPE.read_text(encoding="utf-8")
     for line in lines:
         key = line.split(":")[0]
-        text = re.sub(rf"^{key}:.*\n(- .*\n)*", "", text, flags=re.MULTILINE)
+        text = re.sub(rf"^{key}:.*\n([- ] .*\n)*", "", text, flags=re.MULTILINE)
     path = tmp_path / "params.yaml"
     path.write_text(text + "".join(line + "\n" for line in lines), encoding="utf-8")
     return path
@@ -38,7 +45,8 @@ def test_every_recipe_is_valid_and_comments_every_key(recipe):
     keys = [(i, line.split(":")[0]) for i, line in enumerate(lines) if re.match(r"\w+:", line)]
     assert [key for _, key in keys] == list(Params.model_fields)  # all there, in the order of the stages
     for i, key in keys:
-        assert lines[i - 1].startswith("# "), f"{recipe.name}: no comment above {key}"
+        beside = f"{lines[i]}{lines[i + 1] if lines[i].endswith(' ') else ''}"
+        assert lines[i - 1].startswith("# ") or " # " in beside, f"{recipe.name}: no comment at {key}"
 
 
 def test_reference_recipe_has_the_reference_values():
@@ -96,11 +104,34 @@ def test_lists_of_data_sets_are_checked(tmp_path, line, said):
         (["fp16: true", "bf16: true"], "fp16, bf16: both true"),
         (["min_turns: 3", "max_turns: 2"], "max_turns: 2: must be at least min_turns, 3"),
         (["load_in_4bit: false", "merge_base: dequantized"], "merge_base: 'dequantized': needs load_in_4bit"),
+        (["chat_template: none"], "none.jinja does not exist; use one of: chatml, phi2, model"),
+        (["max_steps: 3", "logging_steps: 4"], "logging_steps: 4: must be at most max_steps, 3"),
+        (["max_steps: 3", "save_steps: 5"], "save_steps: 5: must be at most max_steps, 3"),
+        (["base_model_revision: main"], "base_model_revision: 'main': the revision of"),
+        (["base_model: nonsense"], "base_model: 'nonsense': 'nonsense' must be owner/name of the hub"),
+        (["target_modules: [q_proj, q_proj]"], "target_modules: ['q_proj', 'q_proj']: names something twice"),
+        (["languages: [en, en]"], "languages: ['en', 'en']: names something twice"),
+        (["tree_states: [x, x]"], "tree_states: ['x', 'x']: names something twice"),
+        (["sample_prompts: [x, x]"], "sample_prompts: ['x', 'x']: names something twice"),
+        (["export_int8_layers: [fc1, fc1]"], "export_int8_layers: ['fc1', 'fc1']: names something twice"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(tmp_path, lines, said):
     with pytest.raises(StageError, match=re.escape(said)):
         read_params(edited(tmp_path, *lines))
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("lerning_rate: 0.1", "lerning_rate: is not a parameter; did you mean learning_rate?"),
+        ("lora_rank: 4", "lora_rank: is not a parameter; did you mean lora_r?"),
+        ("colour: blue", "colour: is not a parameter; docs/parameters.md lists all"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_name(tmp_path, line, said):
+    with pytest.raises(StageError, match=re.escape(said)):
+        read_params(edited(tmp_path, line))
 
 
 def test_all_problems_are_reported_at_once_one_line_each(tmp_path):
@@ -125,143 +156,57 @@ def test_a_missing_key_and_broken_yaml_are_named(tmp_path):
         read_params(path)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_reads_just_the_keys_it_declares(stage):
-    tree = ast.parse((ROOT / f"stages/{stage}.py").read_text(encoding="utf-8"))
-    read = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "params"
-    }
-    assert read == set(DVC_YAML["stages"][stage]["params"])
+def test_each_section_is_what_its_stage_declares_in_dvc_yaml():
+    assert list(SECTIONS) == list(PIPELINE)
+    for stage, section in SECTIONS.items():
+        assert list(section.model_fields) == PIPELINE[stage]["params"], stage
 
 
-def test_load_params_shows_a_stage_no_other_key(monkeypatch):
-    from stages.common.params import load_params
-
-    monkeypatch.chdir(ROOT)
-    assert list(vars(load_params("merge"))) == declared_keys("merge")
+def test_load_params_shows_a_stage_no_other_key():
+    params = load_params(MergeParams)
+    assert list(params.model_dump()) == PIPELINE["merge"]["params"]
     with pytest.raises(AttributeError):
-        _ = load_params("merge").learning_rate
+        _ = params.learning_rate
+    assert section_of(read_params(RECIPE).model_dump(), MergeParams).merge_dtype == "float16"
+
+
+def test_a_wrong_value_of_a_later_stage_stops_the_first(tmp_path, monkeypatch):
+    templates = tmp_path / "stages/templates"
+    templates.parent.mkdir()
+    templates.symlink_to(ROOT / "stages/templates")
+    monkeypatch.chdir(tmp_path)
+    edited(tmp_path)
+    assert load_params(FetchParams).dataset == "file:data/sample/oasst_sample.jsonl"
+    edited(tmp_path, "export_block_size: 17")
+    with pytest.raises(StageError, match="export_block_size: 17: must be 16, 32, 64 or 128"):
+        load_params(FetchParams)
+    edited(tmp_path, "min_turns: 3", "max_turns: 2")
+    with pytest.raises(StageError, match="must be at least min_turns"):
+        load_params(FetchParams)
 
 
 def test_every_key_belongs_to_a_stage_and_dvc_yaml_keeps_one_order():
-    declared = [key for stage in STAGES for key in DVC_YAML["stages"][stage]["params"]]
+    declared = [key for stage in PIPELINE.values() for key in stage["params"]]
     assert set(declared) == set(Params.model_fields)
     order = ["cmd", "deps", "params", "outs", "metrics", "plots"]
-    for stage in DVC_YAML["stages"].values():
+    for stage in PIPELINE.values():
         assert list(stage) == [key for key in order if key in stage]
 
 
-# What a change of each key must rerun, said again here by hand: its first stages; those after them follow.
-ANOTHER = {
-    "fetch": {
-        "base_model": "file:data/local/other",
-        "base_model_revision": "sha256:" + "0" * 64,
-        "dataset": "file:data/local/other.jsonl",
-        "dataset_revision": "sha256:" + "0" * 64,
-    },
-    "prepare": {
-        "dataset_weights": [0.5],
-        "max_bad_rows": 0.5,
-        "threads": "all",
-        "tree_states": [],
-        "languages": ["de"],
-        "min_quality": 0.5,
-        "max_toxicity": 0.5,
-        "allow_synthetic": False,
-        "require_review": False,
-        "min_turns": 2,
-        "max_turns": 3,
-        "max_similarity": 0.8,
-        "validation_fraction": 0.2,
-        "split_seed": 7,
-    },
-    "prepare evaluate": {"system_prompt": "Be brief."},
-    "tokenize": {"chat_template": "model", "max_length": 64},
-    "train": {
-        "load_in_4bit": False,
-        "bnb_4bit_quant_type": "fp4",
-        "bnb_4bit_use_double_quant": False,
-        "attn_implementation": "eager",
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "target_modules": ["q_proj"],
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 5,
-        "optim": "adamw_torch",
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "linear",
-        "warmup_ratio": 0.5,
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "fp16": True,
-        "bf16": True,
-        "gradient_checkpointing": True,
-        "train_sampling_strategy": "random",
-        "logging_steps": 2,
-        "save_steps": 1,
-        "save_total_limit": 1,
-        "eval_steps": 1,
-    },
-    "train evaluate": {"per_device_eval_batch_size": 2, "seed": 7},
-    "merge": {"merge_base": "dequantized", "merge_dtype": "bfloat16", "merge_max_logit_diff": 1.0},
-    "evaluate": {
-        "eval_dtype": "bfloat16",
-        "bootstrap_samples": 300,
-        "sample_prompts": ["Hello?"],
-        "stop_prompts": 1,
-        "max_new_tokens": 4,
-    },
-    "export": {
-        "export_precision": "fp32",
-        "export_method": "k_quant",
-        "export_block_size": 64,
-        "export_symmetric": True,
-        "export_accuracy_level": 1,
-        "export_int8_layers": [],
-        "export_max_perplexity_increase": 0.5,
-        "export_base": False,
-    },
-}
-
-
-@pytest.fixture
-def committed_project(tiny_project):
-    """A project that DVC believes to be up to date: every output is there, and recorded in dvc.lock."""
-    folder = tiny_project.folder
-    for stage in DVC_YAML["stages"].values():
-        for out in stage.get("outs", []) + stage.get("metrics", []) + stage.get("plots", []):
-            path = folder / (next(iter(out)) if isinstance(out, dict) else out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix:
-                path.write_text("{}\n")
-            else:
-                path.mkdir()
-                for name in ("source.json", "training.json"):  # what stages depend on inside another's output
-                    (path / name).write_text(f"{path.name}\n")
-    tiny_project.run("dvc", "commit", "--force", "--quiet")
-    assert tiny_project.run("dvc", "status", "--json").stdout.strip() == "{}"
-    return tiny_project
-
-
 @pytest.mark.slow
-def test_each_key_reruns_its_stages_and_no_others(committed_project, monkeypatch):
-    from dvc.repo import Repo
-
-    assert sorted(k for keys in ANOTHER.values() for k in keys) == sorted(Params.model_fields)
-    monkeypatch.chdir(committed_project.folder)
-    path = committed_project.folder / "params.yaml"
+def test_each_key_reruns_its_stages_and_no_others(finished_project, monkeypatch):
+    assert sorted(k for keys in OTHER_VALUES.values() for k in keys) == sorted(Params.model_fields)
+    monkeypatch.chdir(finished_project.folder)
+    assert Repo().status() == {}
+    path = finished_project.folder / "params.yaml"
     before = path.read_bytes()
-    for stages, keys in ANOTHER.items():
+    for stages, keys in OTHER_VALUES.items():
         for key, value in keys.items():
-            committed_project.set(**{key: value})
+            finished_project.set(**{key: value})
             assert sorted(Repo().status()) == sorted(stages.split()), key
             path.write_bytes(before)
     # A comment and a docstring are no change.
     path.write_bytes(b"# another comment\n" + before)
-    code = committed_project.folder / "stages/common/params.py"
+    code = finished_project.folder / "stages/common/params.py"
     code.write_text(code.read_text(encoding="utf-8").replace('"""', '"""Another word. ', 1), encoding="utf-8")
     assert Repo().status() == {}

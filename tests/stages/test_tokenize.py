@@ -1,15 +1,16 @@
-"""Chat templates to tokens: exact ids and masks, whole turns only, an end token that is learnt."""
+"""Chat templates to tokens: exact ids and masks, complete turns only, an end token that is learnt."""
 
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import trl
 from transformers import AutoTokenizer
 
 from stages.common.errors import StageError
+from stages.common.masks import answer_spans
 from stages.merge import plain_template
-from stages.tokenize import answer_spans, cut_to_turns, encode, load_template, set_special_tokens, tokenize
-from tests.support.project import SHARED_OASST1
+from stages.tokenize import cut_to_turns, encode, load_template, set_special_tokens, tokenize
 
 TALK = [
     {"role": "system", "content": "Be kind."},
@@ -149,8 +150,6 @@ def test_templates_that_do_not_fit_are_refused(tiny_phi, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("known", ["qwen2_5.jinja", "qwen3.jinja", "llama3.jinja"])
 def test_a_models_own_template_gets_its_marks_and_its_end_token(known, tiny_llama):
-    import trl
-
     own = Path(trl.__file__).parent / "chat_templates" / known
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     if "llama3" in known:
@@ -168,7 +167,7 @@ def test_a_models_own_template_gets_its_marks_and_its_end_token(known, tiny_llam
     ]
 
 
-def test_cutting_keeps_whole_turns():
+def test_cutting_keeps_complete_turns():
     ids = list(range(100, 112))
     mask = [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0]
     both = [True, True, True]
@@ -179,12 +178,6 @@ def test_cutting_keeps_whole_turns():
     assert cut_to_turns(ids, mask, both, 3) is None
     assert cut_to_turns(ids, mask, [False, True, True], 12) == (ids[:11], [0] * 6 + [1, 1, 1, 0, 1], 0)
     assert cut_to_turns(ids, mask, [False, True, True], 8) is None  # nothing left to train on
-
-
-def test_answer_spans():
-    assert answer_spans([]) == []
-    assert answer_spans([1]) == [(0, 1)]
-    assert answer_spans([0, 1, 1, 0, 1]) == [(1, 3), (4, 5)]
 
 
 def conversations(talks: list[list[dict]]) -> pd.DataFrame:
@@ -208,20 +201,3 @@ def test_counts_and_what_is_dropped(llama):
     assert list(frame["length"]) == [len(ids) for ids in frame["input_ids"]]
     for ids, mask in zip(frame["input_ids"], frame["assistant_masks"], strict=True):
         assert ids[-1] == llama.eos_token_id and mask[-1] == 1 and len(ids) == len(mask)
-
-
-@pytest.mark.skipif(not SHARED_OASST1.is_dir(), reason="the real OASST1 rows are not here")
-@pytest.mark.parametrize("name", ["llama", "phi"])
-def test_real_oasst1_rows(name, request, tmp_path):
-    from test_prepare import run
-
-    from stages.prepare import read_messages
-
-    (tmp_path / "x.jsonl").symlink_to(SHARED_OASST1 / "en_validation_first95trees.jsonl")
-    prepared, _ = run(read_messages(tmp_path))
-    tokenizer = request.getfixturevalue(name)
-    frame, counts = tokenize(prepared, tokenizer, 100_000)
-    assert counts["conversations"] == 93 and not any(counts["dropped"].values())
-    for talk, ids, mask in zip(prepared["messages"], frame["input_ids"], frame["assistant_masks"], strict=True):
-        answers = [m["content"] for m in talk if m["role"] == "assistant"]
-        assert [t.strip() for t in supervised(tokenizer, ids, mask)] == [a + tokenizer.eos_token for a in answers]

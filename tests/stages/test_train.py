@@ -1,66 +1,28 @@
 """Training: every parameter reaches its library, gradients reach every adapter, evaluations change nothing."""
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoTokenizer
+from bitsandbytes.nn import Linear4bit
 
-from stages.common import models
+from stages.common.adapters import add_adapter, lora_config
 from stages.common.errors import StageError
-from stages.common.params import declared_keys, read_params
-from stages.common.scoring import score
-from stages.tokenize import load_template, set_special_tokens, tokenize
-from stages.train import (
-    CODE,
-    add_adapter,
-    build_trainer,
-    check_logits,
-    check_machine,
-    compute_dtype,
-    fingerprint,
-    lora_config,
-    loss_curves,
-    to_dataset,
-    training_arguments,
-)
-from tests.support.project import ROOT
-
-
-def train_params(recipe: str, monkeypatch, **changes) -> SimpleNamespace:
-    monkeypatch.chdir(ROOT)
-    params = read_params(ROOT / f"recipes/{recipe}.yaml")
-    return SimpleNamespace(**{**{key: getattr(params, key) for key in declared_keys("train")}, **changes})
-
-
-TINY = {
-    "max_steps": 4,
-    "eval_steps": 1,
-    "logging_steps": 1,
-    "save_steps": 2,
-    "learning_rate": 0.01,
-    "max_grad_norm": 1.0,
-}
-TINY |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "warmup_ratio": 0.0}
-
-
-def talk(i: int) -> list[dict]:
-    return [{"role": "user", "content": f"What is {i} + 1?"}, {"role": "assistant", "content": f"It is {i + 1}."}]
-
-
-def tokens(folder: Path, template: str, count: int = 12) -> tuple[pd.DataFrame, object]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    set_special_tokens(tokenizer, load_template(template, tokenizer), len(tokenizer) + 8)
-    rows = pd.DataFrame({"messages": [talk(i) for i in range(count)], "trained": [[True]] * count, "lang": "en"})
-    return tokenize(rows.assign(message_tree_id="t"), tokenizer, 128)[0], tokenizer
+from stages.common.generation import greedy_answers
+from stages.common.machine import check_machine
+from stages.common.masks import question_of
+from stages.common.model_files import check_targets, load_config
+from stages.common.models import load_model, quantization_config, torch_dtype, training_dtype
+from stages.common.pipeline import code_of
+from stages.common.trainer import build_trainer, loss_curves, training_arguments
+from stages.train import check_logits, fingerprint
+from tests.support.params import TINY_TRAINING, train_params
+from tests.support.training import load_tiny, tiny_trainer, tokens
 
 
 @pytest.mark.parametrize("recipe", ["phi2-oasst1", "smollm2-cpu"])
-def test_every_parameter_reaches_its_library(recipe, monkeypatch, tmp_path):
-    params = train_params(recipe, monkeypatch)
-    values = vars(params).copy()
+def test_every_parameter_reaches_its_library(recipe, tmp_path):
+    params = train_params(recipe)
+    values = params.model_dump()
 
     args = training_arguments(params, tmp_path)
     assert args.warmup_steps == values.pop("warmup_ratio")
@@ -78,9 +40,9 @@ def test_every_parameter_reaches_its_library(recipe, monkeypatch, tmp_path):
     assert lora.r == values.pop("lora_r")
     assert lora.bias == "none" and lora.task_type == "CAUSAL_LM"
 
-    dtype = compute_dtype(params.fp16, params.bf16)
+    dtype = torch_dtype(training_dtype(params.fp16, params.bf16))
     assert dtype == (torch.float16 if recipe == "phi2-oasst1" else torch.float32)
-    config = models.quantization_config(params.bnb_4bit_quant_type, params.bnb_4bit_use_double_quant, dtype)
+    config = quantization_config(params, dtype)
     for key in ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
         assert getattr(config, key) == values.pop(key)
     assert config.bnb_4bit_compute_dtype == dtype
@@ -88,17 +50,18 @@ def test_every_parameter_reaches_its_library(recipe, monkeypatch, tmp_path):
     assert list(values) == ["attn_implementation"]  # goes to from_pretrained: see the next test
 
 
-def load_tiny(folder: Path, params: SimpleNamespace):
-    config = models.quantization_config("nf4", True, torch.float32)
-    model = models.load_model(
-        folder, torch.float32, quantization=config, attn_implementation=params.attn_implementation
-    )
-    return add_adapter(model, params)
+def test_other_values_reach_their_library_too():
+    assert training_dtype(True, False) == "float16"
+    assert training_dtype(False, True) == "bfloat16"
+    assert training_dtype(False, False) == "float32"
+    assert quantization_config(train_params(load_in_4bit=False), torch.float32) is None
+    other = quantization_config(train_params(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False), torch.float32)
+    assert (other.bnb_4bit_quant_type, other.bnb_4bit_use_double_quant) == ("fp4", False)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_attention_implementation_reaches_the_model(implementation, tiny_llama):
-    model = models.load_model(tiny_llama, torch.float32, attn_implementation=implementation)
+    model = load_model(tiny_llama, torch.float32, attn_implementation=implementation)
     assert model.config._attn_implementation == implementation
 
 
@@ -115,39 +78,35 @@ def train_tiny(folder, params, tmp_path, template, evaluate=True):
 
 
 @pytest.fixture
-def llama_params(monkeypatch):
-    return train_params("smollm2-cpu", monkeypatch, **TINY)
+def llama_params():
+    return train_params("smollm2-cpu", **TINY_TRAINING)
 
 
 @pytest.fixture
-def phi_params(monkeypatch):
-    changes = {**TINY, "fp16": False, "gradient_checkpointing": False}
-    return train_params("phi2-oasst1", monkeypatch, **changes)
+def phi_params():
+    return train_params("phi2-oasst1", **TINY_TRAINING, fp16=False, gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize("load_in_4bit", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_adapter_is_float32_whatever_the_models_precision(dtype, load_in_4bit, tiny_phi, phi_params, tmp_path):
-    """SFTTrainer casts a 4-bit model's adapter to bfloat16, over which the scaler of fp16 would stumble on a GPU."""
-    phi_params.load_in_4bit, phi_params.bf16 = load_in_4bit, dtype == torch.bfloat16
-    quantization = models.quantization_config("nf4", True, dtype) if load_in_4bit else None
-    model = add_adapter(models.load_model(tiny_phi, dtype, quantization=quantization), phi_params)
+    """SFTTrainer casts a 4-bit model's adapter to bfloat16. The scaler of fp16 would then fail on a GPU."""
+    params = phi_params.model_copy(update={"load_in_4bit": load_in_4bit, "bf16": dtype == torch.bfloat16})
+    model = add_adapter(load_model(tiny_phi, dtype, quantization=quantization_config(params, dtype)), params)
     rows, tokenizer = tokens(tiny_phi, "phi2")
-    trainer = build_trainer(model, training_arguments(phi_params, tmp_path), rows, rows, tokenizer)
+    trainer = build_trainer(model, training_arguments(params, tmp_path), rows, rows, tokenizer)
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert trained and {parameter.dtype for parameter in trained} == {torch.float32}
-    if load_in_4bit:
-        from bitsandbytes.nn import Linear4bit
-
-        layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
-        assert layers and {layer.compute_dtype for layer in layers} == {dtype}
+    layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
+    assert bool(layers) == load_in_4bit
+    assert {layer.compute_dtype for layer in layers} == ({dtype} if load_in_4bit else set())
 
 
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_training_lowers_the_loss_and_gradients_reach_every_adapter_after_an_evaluation(name, request, tmp_path):
     folder, params = request.getfixturevalue(f"tiny_{name}"), request.getfixturevalue(f"{name}_params")
     rows, tokenizer = tokens(folder, {"llama": "chatml", "phi": "phi2"}[name])
-    trainer = build_trainer(load_tiny(folder, params), training_arguments(params, tmp_path), rows, rows, tokenizer)
+    trainer = tiny_trainer(folder, params, rows, tokenizer, tmp_path)
     trainer.evaluate()
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
     trainer.compute_loss(trainer.model, batch).backward()
@@ -177,10 +136,10 @@ def test_evaluations_do_not_change_the_training(tiny_llama, llama_params, tmp_pa
 
 
 def test_gradient_checkpointing_gives_the_same_curve(tiny_llama, llama_params, tmp_path):
-    llama_params.lora_dropout = 0.0
-    plain = train_tiny(tiny_llama, llama_params, tmp_path, "chatml")
-    llama_params.gradient_checkpointing = True
-    checkpointed = train_tiny(tiny_llama, llama_params, tmp_path, "chatml")
+    plain_params = llama_params.model_copy(update={"lora_dropout": 0.0})
+    plain = train_tiny(tiny_llama, plain_params, tmp_path, "chatml")
+    recomputing = plain_params.model_copy(update={"gradient_checkpointing": True})
+    checkpointed = train_tiny(tiny_llama, recomputing, tmp_path, "chatml")
     for split, curve in loss_curves(plain.state.log_history).items():
         pd.testing.assert_frame_equal(curve, loss_curves(checkpointed.state.log_history)[split], atol=1e-5)
 
@@ -195,31 +154,31 @@ def test_the_repacking_that_loses_gradients_is_off(tiny_llama, llama_params):
 
 
 def test_a_tuned_tiny_model_learns_to_stop(tiny_llama, llama_params, tmp_path):
-    from stages.evaluate import answer, question_of
-
-    # Long enough to know it by heart: what it does is then no matter of the last digits.
-    llama_params.max_steps, llama_params.eval_steps, llama_params.learning_rate = 200, 200, 0.003
-    llama_params.per_device_train_batch_size, llama_params.gradient_accumulation_steps = 12, 1
+    # It learns the answers by heart, so that the last digits of its weights do not matter.
+    changes = {"max_steps": 200, "eval_steps": 200, "learning_rate": 0.003}
+    changes |= {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
+    params = llama_params.model_copy(update=changes)
     rows, tokenizer = tokens(tiny_llama, "chatml")
-    trainer = build_trainer(
-        load_tiny(tiny_llama, llama_params), training_arguments(llama_params, tmp_path), rows, rows, tokenizer
-    )
+    trainer = tiny_trainer(tiny_llama, params, rows, tokenizer, tmp_path)
     prompts = [question_of(row) for row in rows.itertuples()]
-    before = answer(trainer.model.eval(), prompts, tokenizer, 24, 12)
+
+    def ended(answers: list[list[int]]) -> int:
+        return sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
+
+    before = greedy_answers(trainer.model.eval(), tokenizer, prompts, 24, 12)
     trainer.train()
-    after = answer(trainer.model.eval(), prompts, tokenizer, 24, 12)
-    assert sum(stopped for _, stopped in before) < len(prompts) / 2
-    assert sum(stopped for _, stopped in after) == len(prompts)
-    assert sum(text == f"It is {i + 1}." for i, (text, _) in enumerate(after)) > len(prompts) / 2
+    after = greedy_answers(trainer.model.eval(), tokenizer, prompts, 24, 12)
+    assert ended(before) < len(prompts) / 2
+    assert ended(after) == len(prompts)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in after]
+    assert sum(text == f"It is {i + 1}." for i, text in enumerate(texts)) > len(prompts) / 2
 
 
 def test_collator_pads_and_masks(tiny_llama, llama_params, tmp_path):
     rows, tokenizer = tokens(tiny_llama, "chatml")
     rows.at[0, "input_ids"] = rows.at[0, "input_ids"][:-3] + [tokenizer.eos_token_id]
     rows.at[0, "assistant_masks"] = rows.at[0, "assistant_masks"][:-2]
-    trainer = build_trainer(
-        load_tiny(tiny_llama, llama_params), training_arguments(llama_params, tmp_path), rows, rows, tokenizer
-    )
+    trainer = tiny_trainer(tiny_llama, llama_params, rows, tokenizer, tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     # Padded to the longer of the two, not to max_length.
     assert batch["input_ids"].shape == batch["labels"].shape == (2, max(map(len, rows["input_ids"][:2])))
@@ -238,24 +197,11 @@ def test_batches_are_of_like_lengths(tiny_llama, llama_params, tmp_path):
     rows = rows.assign(input_ids=ids, assistant_masks=[[1] * n for n in lengths], length=lengths)
 
     def padding(strategy: str) -> int:
-        params = SimpleNamespace(**{**vars(llama_params), "train_sampling_strategy": strategy})
-        args = training_arguments(params, tmp_path / strategy)
-        trainer = build_trainer(load_tiny(tiny_llama, params), args, rows, rows[:2], tokenizer)
+        params = llama_params.model_copy(update={"train_sampling_strategy": strategy})
+        trainer = tiny_trainer(tiny_llama, params, rows, tokenizer, tmp_path / strategy, held_out=rows[:2])
         return sum(int((batch["labels"] == -100).sum()) for batch in trainer.get_train_dataloader())
 
     assert padding("group_by_length") < padding("random") / 3
-
-
-def test_score_is_the_loss_of_each_conversation_alone(tiny_llama):
-    rows, tokenizer = tokens(tiny_llama, "chatml")
-    model = models.load_model(tiny_llama, torch.float32)
-    scores = score(model, rows, 5, tokenizer.pad_token_id)
-    for row, nll, count in zip(to_dataset(rows), scores["nll"], scores["tokens"], strict=True):
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        with torch.no_grad():
-            loss = model(input_ids=ids, labels=labels).loss.item()
-        assert count == (labels != -100).sum()
-        assert nll / count == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -272,11 +218,11 @@ def test_the_finite_check_computes_in_the_training_precision(dtype, tiny_llama, 
 
 
 def test_targets_that_do_not_fit_name_those_that_do(tiny_phi, tiny_llama):
-    models.check_targets(models.load_config(tiny_llama), ["q_proj", "o_proj"])
+    check_targets(load_config(tiny_llama), ["q_proj", "o_proj"])
     with pytest.raises(
         StageError, match="has no o_proj, gate_proj. Choose from q_proj, k_proj, v_proj, dense, fc1, fc2"
     ):
-        models.check_targets(models.load_config(tiny_phi), ["q_proj", "o_proj", "gate_proj"])
+        check_targets(load_config(tiny_phi), ["q_proj", "o_proj", "gate_proj"])
 
 
 def test_a_machine_that_cannot_is_refused(monkeypatch):
@@ -299,11 +245,12 @@ def test_a_machine_that_cannot_is_refused(monkeypatch):
 
 
 def test_fingerprint_follows_params_data_model_code_and_packages(llama_params, tmp_path, monkeypatch):
-    assert {path.name for path in CODE} == {"train.py", "checkpoints.py", "models.py", "scoring.py"}
+    names = {path.name for path in code_of("train")}
+    assert {"train.py", "adapters.py", "checkpoints.py", "models.py", "scoring.py", "trainer.py"} <= names
     monkeypatch.setattr("stages.train.TOKENIZED", tmp_path / "tokenized")
     monkeypatch.setattr("stages.train.BASE", tmp_path / "base")
     monkeypatch.setattr("stages.train.LOCK", tmp_path / "packages/file")
-    monkeypatch.setattr("stages.train.CODE", [tmp_path / "code/file"])
+    monkeypatch.setattr("stages.train.code_of", lambda stage: [tmp_path / "code/file"] if stage == "train" else [])
     names = ("tokenized", "base", "packages", "code")
     for name in names:
         (tmp_path / name).mkdir()
@@ -313,6 +260,5 @@ def test_fingerprint_follows_params_data_model_code_and_packages(llama_params, t
     for name in names:
         (tmp_path / name / "file").write_text("y")
         seen.append(fingerprint(llama_params))
-    llama_params.learning_rate = 0.5
-    seen.append(fingerprint(llama_params))
+    seen.append(fingerprint(llama_params.model_copy(update={"learning_rate": 0.5})))
     assert len(set(seen)) == 6

@@ -2,17 +2,20 @@
 
 import ast
 import json
+import shutil
 
 import pytest
 import torch
-from test_train import TINY, load_tiny, tokens, train_params
 
 from stages.common import models
+from stages.common.checkpoints import SEAL, last_checkpoint, seal
 from stages.common.errors import StageError
-from stages.train import build_trainer, training_arguments
+from stages.common.trainer import resume
+from tests.support.params import TINY_TRAINING, train_params
 from tests.support.project import ROOT
+from tests.support.training import tiny_trainer, tokens
 
-FILES = sorted([*(ROOT / "stages").rglob("*.py"), *(ROOT / "space").glob("*.py")])
+FILES = sorted(path for folder in ("stages", "commands", "space") for path in (ROOT / folder).rglob("*.py"))
 CODE = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
@@ -50,8 +53,6 @@ def test_no_stage_unpickles_or_reads_a_token():
 
 
 def test_pickled_weights_are_not_loaded(tiny_llama, tmp_path):
-    import shutil
-
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, folder / "pytorch_model.bin")
@@ -66,17 +67,13 @@ class Bomb:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_with_code_in_it_is_not_run(name, tiny_llama, monkeypatch, tmp_path, capsys):
+def test_a_checkpoint_with_code_in_it_is_not_run(name, tiny_llama, tmp_path, capsys):
     """Even with a seal that fits: whoever can write a checkpoint can write that, too."""
-    from stages.common.checkpoints import SEAL, last_checkpoint, seal
-    from stages.train import resume
-
-    params = train_params("smollm2-cpu", monkeypatch, **{**TINY, "max_steps": 2, "save_steps": 1, "eval_steps": 2})
+    params = train_params(**{**TINY_TRAINING, "max_steps": 2, "save_steps": 1, "eval_steps": 2})
     rows, tokenizer = tokens(tiny_llama, "chatml")
 
     def trainer():
-        args = training_arguments(params, tmp_path)
-        return build_trainer(load_tiny(tiny_llama, params), args, rows, rows[:2], tokenizer)
+        return tiny_trainer(tiny_llama, params, rows, tokenizer, tmp_path, held_out=rows[:2])
 
     trainer().train()
     (tmp_path / "checkpoint-2" / SEAL).unlink()
@@ -85,6 +82,6 @@ def test_a_checkpoint_with_code_in_it_is_not_run(name, tiny_llama, monkeypatch, 
     torch.save(Bomb(), checkpoint / name)
     sealed = json.loads((checkpoint / SEAL).read_text())
     seal(checkpoint, sealed["loss_sum"], sealed["last_logged"])
-    with pytest.raises(StageError, match="holds what is no training state, and was not loaded. Delete it"):
+    with pytest.raises(StageError, match="holds no training state, and was not loaded. Delete it"):
         resume(trainer(), checkpoint)
     assert "a pickle was run" not in capsys.readouterr().out

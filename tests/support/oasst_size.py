@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+from pyarrow.parquet import ParquetWriter
+
 # The all-trees export of OASST1: every tree, and those of them that are ready (the hub's two splits).
 TREES, MESSAGES = 66_497, 161_443
 READY_TREES, READY_MESSAGES = 10_364, 88_838
@@ -133,9 +136,6 @@ def write_trees(path: Path, *, ready_alone: bool, seed: int = 0) -> Counter:
 
 def write_splits(folder: Path, seed: int = 0) -> Counter:
     """The ready trees as the hub's two splits, parquet; returns how many messages were deleted, and rejected."""
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
-
     marked: Counter = Counter()
     schema, writers, rows, left = None, {}, {split: [] for split in SPLITS}, dict(SPLITS)
     for made in ready_trees(random.Random(seed)):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_prepare import check_funnel
 
 from stages.common.artifacts import write_json
-from stages.prepare import OASST1
+from stages.conversations.known import OASST1
+from tests.support.conversations import check_funnel
 from tests.support.oasst_size import (
     LANGUAGES,
     MESSAGES,
@@ -36,8 +36,9 @@ def test_the_full_size_in_two_gibibytes(form, project):
     write_json(raw / "source.json", [{"source": source, "revision": OASST1}])
     project.set(languages=[], validation_fraction=0.05)
     (project.folder / "measured.py").write_text(
-        "import resource, runpy\n"
-        "runpy.run_module('stages.prepare', run_name='__main__')\n"
+        "import resource\n"
+        "from stages.common.entry import run\n"
+        "run('stages.prepare', lock='prepare')\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
     result = project.run("measured")

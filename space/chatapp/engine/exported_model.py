@@ -1,0 +1,76 @@
+"""Load an exported model: the files that the export stage wrote, in a session of onnxruntime-genai."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as og
+
+from chatapp.engine.prompt import PromptBuilder
+
+FILES = (
+    "model.onnx",
+    "genai_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "card.json",
+)
+# A CPU needs minutes to read a longer context, and a Space has no memory for it.
+MAX_CONTEXT = 4096
+CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    card: dict[str, Any]  # what the export stage wrote about the model
+    prompt: PromptBuilder
+    session: og.Model
+    context_length: int  # tokens that this app uses: the model's context, at most MAX_CONTEXT
+    end_ids: frozenset[int]  # each of these tokens ends an answer
+    size: int  # bytes of the weights
+
+
+def usable_cpus() -> int:
+    """The number of CPUs that the process's affinity and its container's limit allow."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CGROUP_CPU_LIMIT.read_text().split()
+        cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # there is no cgroup, or its quota is "max"
+        pass
+    return cpus
+
+
+def load_exported(folder: Path, threads: int | None = None) -> ExportedModel:
+    """Load the model in `folder`; it computes on `threads` CPUs (None: all usable ones).
+
+    Raises FileNotFoundError when a file is missing, ValueError when a file is damaged.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no exported model: {name} is missing")
+    try:
+        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        ends = settings["eos_token_id"]
+        return ExportedModel(
+            card=json.loads((folder / "card.json").read_text(encoding="utf-8")),
+            prompt=PromptBuilder(folder),
+            session=_session(folder, threads or usable_cpus()),
+            context_length=min(settings["context_length"], MAX_CONTEXT),
+            end_ids=frozenset(ends if isinstance(ends, list) else [ends]),
+            size=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
+        )
+    except Exception as error:  # onnxruntime-genai and tokenizers raise bare Exceptions
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{folder} holds a damaged model ({reason})") from error
+
+
+def _session(folder: Path, threads: int) -> og.Model:
+    config = og.Config(str(folder))
+    # A memory arena would keep what the longest conversation needed.
+    options = {"intra_op_num_threads": threads, "enable_cpu_mem_arena": False}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return og.Model(config)

@@ -1,0 +1,47 @@
+"""Expensive things that the chat app's tests share: exported models, engines, a running app."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.chat_server import chat_server
+from chatapp.engine import Engine
+from chatapp.server.fair_queue import FairQueue
+from tests.support.exported_models import exported, tuned_and_base
+from tests.support.serving import served
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> Path:
+    """A folder with two exported tiny models, tuned and base, as the chat app takes it."""
+    return tuned_and_base(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def exported_llama(tiny_llama, tmp_path_factory):
+    return exported(tiny_llama, "chatml", tmp_path_factory.mktemp("llama-cpu"))
+
+
+@pytest.fixture(scope="session")
+def exported_phi(tiny_phi, tmp_path_factory):
+    return exported(tiny_phi, "phi2", tmp_path_factory.mktemp("phi-cpu"))
+
+
+@pytest.fixture(scope="session")
+def engines(tiny_models) -> dict[str, Engine]:
+    return {name: Engine(tiny_models / name, threads=1) for name in ("tuned", "base")}
+
+
+@pytest.fixture(scope="session")
+def address(engines) -> Iterator[str]:
+    """The app in this process; gives its address."""
+    with served(engines, FairQueue()) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def running(tiny_models):
+    """The app in its own process; gives its address and the process. No test may end it."""
+    with chat_server(tiny_models) as (address, process):
+        yield address, process

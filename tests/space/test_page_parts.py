@@ -1,0 +1,72 @@
+"""The parts of the page that need no browser: conversations, figures, progress, the card."""
+
+import time
+
+from chatapp.page.answer_progress import Progress, progress, side_by_side
+from chatapp.page.conversation import answer, as_messages, figures, last_question, question, stopped
+from chatapp.page.model_card import about, subtitle, title
+from tests.support.chunks import chunks
+
+
+def test_the_models_never_read_the_line_of_figures():
+    history = [question("one"), answer("two", "3 tokens"), question("three"), answer("", "…")]
+    assert as_messages(history, " Be brief. ") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    assert as_messages(history, "  ")[0] == {"role": "user", "content": "one"}
+    assert [last_question(history, i) for i in range(4)] == [0, 0, 2, 2]
+    assert stopped(history)[-1] == answer("", "stopped")
+    assert stopped(history[:2])[-1] == answer("two", "3 tokens · stopped")
+
+
+def test_figures_say_speed_limit_and_lost_turns():
+    assert figures(Progress("a", 1, 0.01, None, None, 0)) == "1 token"
+    assert figures(Progress("a b", 20, 0.31, 41.26, "stop", 0)) == "20 tokens · 41.3 tokens/s · first token after 0.3 s"
+    assert figures(Progress("a", 8, 0, 10.0, "length", 2)).endswith(
+        "cut at max tokens · the 2 oldest turns did not fit: not read"
+    )
+
+
+def test_speed_counts_the_time_inside_the_model_alone():
+    def model():
+        for chunk in chunks(*"abcdef"):
+            time.sleep(0.02)
+            yield chunk
+
+    last = None
+    for state in progress(model()):
+        time.sleep(0.05)  # a slow reader
+        last = state
+    assert (last.text, last.tokens) == ("abcdef", 6)
+    assert 20 < last.tokens_per_second <= 50 and last.first_after >= 0.02
+
+
+def test_two_answers_grow_in_turns():
+    states = list(side_by_side({"a": progress(iter(chunks(*"123"))), "b": progress(iter(chunks("x")))}))
+    assert [{name: state.text for name, state in both.items()} for both in states] == [
+        {"a": "1"},
+        {"a": "1", "b": "x"},
+        {"a": "12", "b": "x"},
+        {"a": "123", "b": "x"},
+    ]
+
+
+def test_a_card_shows_what_it_holds_and_nothing_else():
+    card = {
+        "name": "tuned",
+        "base_model": {"source": "microsoft/phi-2", "revision": "ef38", "license": "mit"},
+        "datasets": [{"source": "file:data/sample/oasst_sample.jsonl", "revision": None, "license": "<b>"}],
+        "training": {"params": {"lora_r": 16, "languages": ["en", "de"]}, "train_conversations": 3},
+        "export": {"export_precision": "int4"},
+        "held_out": {"conversations": 2, "supervised_tokens": 9},
+        "quality": {"perplexity": 9.876, "bytes": 2_000_000},
+    }
+    assert title(card) == "phi-2, tuned" and "oasst_sample · int4" in subtitle(card)
+    page = about({"tuned": card, "base": {"name": "base", "quality": {"perplexity": 10}}})
+    for line in ("| perplexity | 10.00 | 9.88 |", "| size, MB | – | 2 |", "| languages | `en, de` |", "`ef38`"):
+        assert line in page
+    assert "<b>" not in page
+    assert (title({}), about({"tuned": {}})) == ("Chat", "")

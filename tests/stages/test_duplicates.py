@@ -1,0 +1,81 @@
+"""Copies, near copies and held-out questions leave the training split."""
+
+import pandas as pd
+
+from stages.conversations.duplicates import near_duplicates
+from stages.conversations.splits import held_out
+from tests.support.conversations import check_funnel, frame, run, trees_in_both_splits, two_datasets
+from tests.support.rows import message
+
+
+def test_near_duplicates_by_hand():
+    words = [f"w{i}" for i in range(40)]
+    texts = [
+        " ".join(words),
+        " ".join([*words[:39], "other"]),  # shares 37 of 39 triples
+        " ".join([*words[:20], *(f"v{i}" for i in range(20))]),  # shares 18 of 58
+        "short",
+        "short",
+    ]
+    assert near_duplicates(texts, 0.8) == [False, True, False, False, True]
+    assert near_duplicates(texts, 0.15) == [False, True, True, False, True]
+
+
+def test_near_duplicates_leave_the_train_side_and_are_off_by_default():
+    text = " ".join(f"word{i}" for i in range(60))
+    train = [
+        message("a", role="prompter", text="one"),
+        message("a.1", "a", text=text + " end"),
+        *trees_in_both_splits(),
+    ]
+    held = [message("z", role="prompter", text="two"), message("z.1", "z", text=text)]
+    both = pd.concat([frame(train, "train"), frame(held, "validation")], ignore_index=True)
+    conversations, funnel = run(both, max_similarity=0.8)
+    assert set(conversations["message_tree_id"]) & {"a", "z"} == {"z"}
+    assert funnel["dropped"]["near_duplicate"]["conversations"] == 1
+    check_funnel(funnel)
+    assert {"a", "z"} <= set(run(both)[0]["message_tree_id"])
+
+
+def test_hub_splits_are_kept_and_a_copy_leaves_the_train_side():
+    train = [message("a", role="prompter", text="same"), message("a.1", "a", text="same"), *trees_in_both_splits()]
+    held = [message("z", role="prompter", text="Same"), message("z.1", "z", text="SAME")]
+    conversations, funnel = run(pd.concat([frame(train, "train"), frame(held, "validation")], ignore_index=True))
+    assert list(conversations.loc[conversations["split"] == "validation", "message_tree_id"]) == ["z"]
+    assert "a" not in set(conversations["message_tree_id"])
+    check_funnel(funnel)
+
+
+def test_a_held_out_question_is_not_trained_on_with_another_answer():
+    train = [message("a", role="prompter", text="Why?"), message("a.1", "a", text="So."), *trees_in_both_splits()]
+    held = [message("z", role="prompter", text="WHY?"), message("z.1", "z", text="Because.")]
+    conversations, funnel = run(pd.concat([frame(train, "train"), frame(held, "validation")], ignore_index=True))
+    assert set(conversations["message_tree_id"]) & {"a", "z"} == {"z"}
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] == 1
+    check_funnel(funnel)
+
+
+def test_a_held_out_question_does_not_come_up_later_in_a_trained_conversation():
+    rows = trees_in_both_splits()
+    held, trained = rows[0], rows[2]
+    rows += [
+        message(
+            f"{trained['message_id']}.a.p", f"{trained['message_id']}.a", role="prompter", text=held["text"].upper()
+        ),
+        message(f"{trained['message_id']}.a.p.a", f"{trained['message_id']}.a.p"),
+    ]
+    other = next(f"o{i}" for i in range(99) if not held_out(f"o{i}", 0.5, 0))
+    rows += [message(other, role="prompter"), message(f"{other}.a", other)]
+    conversations, funnel = run(rows)
+    assert set(conversations["message_tree_id"]) == {held["message_id"], other}
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] == 1
+
+
+def test_a_held_out_question_of_one_data_set_is_not_trained_on_from_another():
+    messages = two_datasets(20)
+    messages.loc[messages["message_id"] == "b5", "text"] = "text of b0"  # b0 is held out, b5 is not
+    same = messages["message_id"].isin(["a1"]) if not held_out("a1", 0.5, 0) else messages["message_id"].isin(["a2"])
+    messages.loc[same, "text"] = "TEXT  of b1"
+    conversations, funnel = run(messages)
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] >= 1
+    assert "b5" not in set(conversations["message_tree_id"])

@@ -1,0 +1,150 @@
+"""Rows in any form: how each is recognised, and the messages that it becomes."""
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+
+from stages.conversations.forms import FORMS, form_of
+from stages.conversations.messages import message_row, read_messages
+from stages.conversations.threads import find_threads
+from tests.support.conversations import check_funnel, frame, run
+from tests.support.rows import message, write_jsonl
+
+# A question and its answer in each form.
+EXAMPLES = {
+    "nested tree": {
+        "message_tree_id": "a",
+        "prompt": {
+            "message_id": "a",
+            "role": "prompter",
+            "text": "Q",
+            "replies": [{"message_id": "a.1", "role": "assistant", "text": "A"}],
+        },
+    },
+    "messages": {"messages": [{"role": "human", "content": "Q"}, {"role": "gpt", "content": "A"}]},
+    "instruction": {"instruction": "Q", "output": "A"},
+    "message": message("a", role="prompter", text="Q"),
+}
+
+
+def test_every_form_has_an_example():
+    assert set(EXAMPLES) == {form.name for form in FORMS}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_form_is_recognised_and_its_roles_are_user_and_assistant(name):
+    form = form_of(EXAMPLES[name])
+    assert form.name == name
+    messages = [message_row(row, form.roles) for row in form.messages(EXAMPLES[name], "x-1")]
+    assert not any(row["bad"] for row in messages)
+    expected = [("user", "Q"), ("assistant", "A")][: 1 if name == "message" else 2]
+    assert [(row["role"], row["text"]) for row in messages] == expected
+    if len(messages) == 2:
+        assert messages[1]["parent_id"] == messages[0]["message_id"]
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        (message("a", role="user"), "role is 'user', neither prompter nor assistant"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "role is 'tool', neither user nor assistant"),
+    ],
+)
+def test_a_role_that_a_form_does_not_know_is_a_bad_row(row, problem):
+    form = form_of(row)
+    [bad] = [message_row(found, form.roles, where="x.jsonl line 1") for found in form.messages(row, "x-1")]
+    assert bad["bad"] == f"x.jsonl line 1: {problem}"
+
+
+def test_reads_flat_nested_gzip_and_parquet_alike(tmp_path):
+    def rated(quality: float) -> dict:
+        return {
+            "labels": {"name": ["spam", "quality"], "value": [0.0, quality], "count": [3, 2]},
+            "detoxify": {"toxicity": quality / 10, "insult": 0.5},
+        }
+
+    flat = [
+        message("a", role="prompter", **rated(0.9)),
+        message("a.1", "a", rank=1, deleted=True, **rated(0.25)),
+        message("a.1.p", "a.1", role="prompter", review_result=False, **rated(0.5)),
+        message("a.2", "a", rank=0, synthetic=True, **rated(0.75)),
+    ]
+
+    def strip(row):
+        labels = {n: {"value": v, "count": c} for n, v, c in zip(*row["labels"].values(), strict=True)}
+        rest = {k: v for k, v in row.items() if k not in ("message_tree_id", "tree_state", "labels")}
+        return {**rest, "labels": labels}
+
+    nested = {
+        "message_tree_id": "a",
+        "tree_state": "ready_for_export",
+        "prompt": {
+            **strip(flat[0]),
+            "replies": [{**strip(flat[1]), "replies": [{**strip(flat[2]), "replies": []}]}, strip(flat[3])],
+        },
+    }
+    write_jsonl(tmp_path / "flat/x.jsonl", flat)
+    write_jsonl(tmp_path / "nested/x.jsonl", [nested])
+    (tmp_path / "gz").mkdir()
+    with gzip.open(tmp_path / "gz/x.jsonl.gz", "wt") as file:
+        file.write(json.dumps(nested) + "\n")
+    (tmp_path / "parquet").mkdir()
+    pd.DataFrame(flat).to_parquet(tmp_path / "parquet/x.parquet")
+    expected = read_messages(tmp_path / "flat")
+    assert list(expected["message_id"]) == ["a", "a.1", "a.1.p", "a.2"]
+    assert list(expected["quality"]) == [0.9, 0.25, 0.5, 0.75]
+    assert list(expected["toxicity"]) == pytest.approx([0.09, 0.025, 0.05, 0.075])
+    assert list(expected["deleted"]) == [False, True, False, False]
+    assert list(expected["rank"].isna()) == [True, False, True, False]
+    for form in ("nested", "gz", "parquet"):
+        pd.testing.assert_frame_equal(read_messages(tmp_path / form), expected)
+
+
+TURNS = [("system", "be"), ("user", "hi"), ("assistant", "yo"), ("user", "bye")]
+
+
+@pytest.mark.parametrize(
+    "row, messages",
+    [
+        ({"messages": [{"role": r, "content": c} for r, c in TURNS[1:3]]}, [("system", "default"), *TURNS[1:3]]),
+        ({"messages": [{"role": r, "content": c} for r, c in TURNS]}, TURNS[:3]),
+        (
+            {"instruction": "add", "input": "1, 2", "output": "3"},
+            [("system", "default"), ("user", "add\n\n1, 2"), ("assistant", "3")],
+        ),
+        ({"prompt": "hi", "completion": "yo"}, [("system", "default"), *TURNS[1:3]]),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_peoples_own_forms(tmp_path, row, messages, form):
+    def numbered(i: int) -> dict:
+        """The row with i in its question, so that no two are alike; enough of them to fill both splits."""
+        text = json.dumps(row)
+        return json.loads(text.replace('"hi"', f'"hi {i}"').replace('"add"', f'"add {i}"'))
+
+    rows = [numbered(i) for i in range(1, 13)]
+    if form == "jsonl":
+        write_jsonl(tmp_path / "mine.jsonl", rows)
+    else:
+        pd.DataFrame(rows).to_parquet(tmp_path / "mine.parquet")
+    conversations, funnel = run(read_messages(tmp_path), system_prompt="default")
+    assert len(conversations) == 12
+    seventh = conversations[conversations["message_tree_id"] == "mine-7"].iloc[0]
+    expected = [(r, c.replace("hi", "hi 7").replace("add", "add 7")) for r, c in messages]
+    assert [(m["role"], m["content"]) for m in seventh["messages"]] == expected
+    check_funnel(funnel)
+
+
+def test_a_very_deep_tree_does_not_overflow():
+    nested = {"message_id": "r0", "text": "x", "role": "prompter", "replies": []}
+    top, here = nested, nested
+    for i in range(1, 5000):
+        reply = {"message_id": f"r{i}", "text": "x", "role": ["prompter", "assistant"][i % 2], "replies": []}
+        here["replies"].append(reply)
+        here = reply
+    row = {"message_tree_id": "r", "tree_state": "x", "prompt": top}
+    rows = frame(list(form_of(row).messages(row, "x-1")))
+    threads = find_threads(rows, "best")
+    assert len(threads) == 1 and len(threads[0]) == 5000
