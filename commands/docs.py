@@ -43,13 +43,27 @@ def yaml() -> YAML:
 
 
 def sections() -> dict[str, list[str]]:
-    """The keys that each stage is the first to read, by stage."""
+    """The keys that each stage is the first to read, by stage, in the order of the files.
+
+    A list that may be empty follows no other list: its comment would stand behind the key, and DVC, where it writes []
+    before a comment, breaks the lines that follow. Such a list comes before the key before the other list.
+    """
     seen: set[str] = set()
-    result = {}
+    result: dict[str, list[str]] = {}
     for stage, section in SECTIONS.items():
-        result[stage] = [key for key in section.model_fields if key not in seen]
-        seen |= set(result[stage])
+        keys: list[str] = []
+        for key in (key for key in section.model_fields if key not in seen):
+            after_a_list = keys and may_be_a_list(keys[-1]) and may_be_empty(key)
+            keys.insert(len(keys) - 2 if after_a_list else len(keys), key)
+        result[stage] = keys
+        seen |= set(keys)
     return result
+
+
+def may_be_empty(key: str) -> bool:
+    """Whether [] is a value of a key."""
+    field = Params.model_fields[key]
+    return get_origin(field.annotation) is list and not any(getattr(part, "min_length", 0) for part in field.metadata)
 
 
 def may_be_a_list(key: str) -> bool:

@@ -93,20 +93,21 @@ def compare(scores: dict[str, pd.DataFrame], languages: pd.Series, samples: int,
 
 
 def headline(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The metrics that DVC shows and compares. Short names: `dvc exp show` puts all of them on one line.
+    """The metrics that DVC shows and compares. Short names and values: `dvc exp show` has room for nine beside each
+    other in 120 columns.
 
-    ppl and base_ppl: perplexity of the tuned and the base model; ratio, ratio_lo, ratio_hi: the first over the second,
-    with its 95 % interval; acc: the tuned model's token accuracy; stops: share of its answers that end by themselves.
+    ppl and base: perplexity of the tuned and the base model; ratio, lo, hi: the first over the second, with its 95 %
+    interval; acc: the tuned model's token accuracy; stops: share of its answers that end by themselves.
     """
     difference = evaluation["difference"]
     return {
         "ppl": evaluation["tuned"]["perplexity"],
-        "base_ppl": evaluation["base"]["perplexity"],
+        "base": evaluation["base"]["perplexity"],
         "ratio": round(difference["perplexity_ratio"], 4),
-        "ratio_lo": round(difference["perplexity_ratio_ci95_low"], 4),
-        "ratio_hi": round(difference["perplexity_ratio_ci95_high"], 4),
-        "acc": round(evaluation["tuned"]["token_accuracy"], 4),
-        "stops": evaluation["stop_rate"]["tuned"],
+        "lo": round(difference["perplexity_ratio_ci95_low"], 4),
+        "hi": round(difference["perplexity_ratio_ci95_high"], 4),
+        "acc": round(evaluation["tuned"]["token_accuracy"], 3),
+        "stops": round(evaluation["stop_rate"]["tuned"], 3),
     }
 
 

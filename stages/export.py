@@ -180,13 +180,8 @@ def card(name: str, params: ExportParams, quality: dict[str, Any], rows: pd.Data
 
 
 def headline(tuned: dict[str, Any]) -> dict[str, float]:
-    """The metrics that DVC shows beside those of evaluate: the exported model's perplexity, the share of greedy tokens
-    that it has in common with the merged model, and its size in MB."""
-    return {
-        "cpu_ppl": tuned["perplexity"],
-        "cpu_agreement": round(tuned["token_agreement"], 4),
-        "cpu_mb": round(tuned["bytes"] / 1e6, 1),
-    }
+    """The metrics that DVC shows beside those of evaluate: the exported model's perplexity, and its size in MB."""
+    return {"cpu_ppl": tuned["perplexity"], "mb": round(tuned["bytes"] / 1e6, 1)}
 
 
 def main() -> None:

@@ -267,10 +267,10 @@ def test_every_stage_is_in_the_readme_and_opens_with_how_to_run_it():
 @ships
 def test_the_figures_in_the_readme_are_those_in_git():
     readme, metrics = text_of(README), read_json(ROOT / "reports/metrics.json")
-    losses = [math.log(metrics[name]) for name in ("base_ppl", "ppl")]
-    low, high = (math.log(metrics[name]) for name in ("ratio_lo", "ratio_hi"))
+    losses = [math.log(metrics[name]) for name in ("base", "ppl")]
+    low, high = (math.log(metrics[name]) for name in ("lo", "hi"))
     lines = [
-        f"  {'perplexity':38}{metrics['base_ppl']:>9.2f}{metrics['ppl']:>9.2f}",
+        f"  {'perplexity':38}{metrics['base']:>9.2f}{metrics['ppl']:>9.2f}",
         f"  {'loss (nats a token)':38}{losses[0]:>9.3f}{losses[1]:>9.3f}",
         f"  difference of loss {losses[1] - losses[0]:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]: it excludes zero",
     ]
@@ -282,7 +282,7 @@ def test_the_figures_in_the_readme_are_those_in_git():
     for line in lines:
         assert line in readme, f"README.md does not show: {line}"
     export = read_json(ROOT / "reports/export.json")
-    assert f"{export['cpu_mb']:.0f} MB, perplexity {export['cpu_ppl']:.2f}" in readme
+    assert f"{export['mb']:.0f} MB, perplexity {export['cpu_ppl']:.2f}" in readme
 
 
 def test_every_benchmark_is_named():

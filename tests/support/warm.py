@@ -22,6 +22,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from stages.common.entry import set_environment
 from tests.support.project import ROOT
 
 READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
@@ -115,6 +116,7 @@ def answer(client: socket.socket) -> None:
 
 
 def main() -> None:
+    set_environment(network=True)  # as at the start of each stage; `environment` says whether it is offline
     import_libraries()
     parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the forks

@@ -91,7 +91,7 @@ def test_an_experiment_changes_one_line_of_the_parameters(experiment, finished):
     before = (finished.folder / "params.yaml").read_text(encoding="utf-8")
     after = (experiment.folder / "params.yaml").read_text(encoding="utf-8")
     assert re.sub("^learning_rate: .*", "learning_rate: 1e-05", before, flags=re.MULTILINE) == after
-    assert after.count("#") == RECIPE.read_text(encoding="utf-8").count("#") > 100
+    assert after.count("#") == RECIPE.read_text(encoding="utf-8").count("#") > 60
 
 
 def test_a_wrong_value_is_one_line_and_the_way_back_computes_nothing(after_experiment):

@@ -342,10 +342,14 @@ def test_a_connection_that_is_cut_again_and_again_is_one_line(reference, hub):
     assert "could not be downloaded" in failed_fetch(reference)
 
 
+# Long: the same line as in test_another_commit_in_the_cache, after as many attempts.
+@pytest.mark.long
 def test_a_hub_that_stays_away_is_one_line(reference, hub):
     hub.faults["503"] = 10_000
     assert "could not be downloaded" in failed_fetch(reference)
 
 
+# Long: the same line as in test_a_plan_leaves_nothing.
+@pytest.mark.long
 def test_offline_without_a_cache_is_one_line(reference):
     assert "could not be downloaded" in failed_fetch(reference, HF_HUB_OFFLINE="1")
