@@ -199,7 +199,7 @@ def main() -> None:
         (project / "models/base").mkdir(parents=True)
         (project / "data/raw/1").mkdir(parents=True)
         shutil.copyfile(project / "data/sample/oasst_sample.jsonl", project / "data/raw/1/oasst_sample.jsonl")
-        origin = {"source": "made-by-this-benchmark", "revision": None, "license": None}
+        origin = {"source": "made-by-this-benchmark", "revision": None, "hub": None, "license": None}
         write_json(project / "data/raw/source.json", [origin])
         write_json(project / "models/base/source.json", origin)
         with get_context("spawn").Pool(1) as another_process:  # so that its memory is given back

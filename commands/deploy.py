@@ -23,6 +23,8 @@ from jinja2 import Template
 from commands.space import BASE, ONNX, Pin, build_space
 from stages.common.artifacts import read_json, write_json, write_text, write_whole
 from stages.common.errors import StageError, first_line
+from stages.common.params import read_params
+from stages.common.records import read_source
 
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
@@ -39,7 +41,7 @@ def build_model(repository: str) -> Path:
     for folder in (MERGED, ADAPTER, ONNX / "tuned"):
         if not folder.is_dir():
             raise StageError(f"{folder} is missing. Run `make all` to make it.")
-    on_hub = read_json(BASE / "source.json")["hub"]
+    on_hub = read_source(BASE / "source.json")["hub"]
     with write_whole(MODEL) as folder:
         # Links, not copies: a large model would be on the disk twice.
         shutil.copytree(MERGED, folder, copy_function=_link)
@@ -140,6 +142,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    read_params()
     chosen = options()
     name = chosen.repository
     try:

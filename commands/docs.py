@@ -107,7 +107,8 @@ def comment_of(key: str, value: Any, reference: dict[str, Any], reason: str | No
     """A key's description, and a note of the reference recipe's value where this one differs."""
     words = [str(Params.model_fields[key].description)]
     if value != reference[key]:
-        words.append(f"Reference: {cut(shown(reference[key]), 60)}; {reason or 'why?'}")
+        shown_value = cut(shown(reference[key]), 60).replace(";", ",")  # the reason follows the first semicolon
+        words.append(f"Reference: {shown_value}; {reason or 'why?'}")
     return words
 
 
@@ -124,7 +125,7 @@ def declared(text: str) -> str:
     for stage, section in SECTIONS.items():
         keys = "".join(f"    - {key}\n" for key in section.model_fields)
         block = re.compile(rf"(^  {stage}:\n(?:    .*\n)*?    params:\n)(?:    - .*\n)*", re.MULTILINE)
-        text = block.sub(lambda match, keys=keys: match[1] + keys, text)
+        text = block.sub(rf"\g<1>{keys}", text)
     return text
 
 
@@ -172,7 +173,7 @@ def allowed(key: str) -> str:
             for name, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
             if name in schema
         ]
-        kind = {"boolean": "true, false", "string": "text", "number": "number", "integer": "whole number"}
+        kind = {"boolean": "true, false", "string": "text", "number": "number", "integer": "integer"}
         return " ".join([kind.get(schema["type"], schema["type"]), ", ".join(bounds)]).strip()
 
     return of(Params.model_json_schema()["properties"][key])
@@ -196,6 +197,9 @@ def generated() -> dict[Path, str]:
     files = [path for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("previous")]
     reference = read_values(RECIPES / f"{REFERENCE}.yaml")
     recipes = {path.stem: with_defaults(read_values(path)) for path in files}
+    for path in [*files, PARAMS]:
+        if unknown := [key for key in read_values(path) if key not in Params.model_fields]:
+            raise StageError(f"{path}: {unknown[0]}: is not a parameter; delete its line, or correct it.")
     texts = {path: annotated(path.read_text(encoding="utf-8"), reference) for path in [*files, PARAMS]}
     return {**texts, DVC_YAML: declared(DVC_YAML.read_text(encoding="utf-8")), PAGE: page(recipes)}
 

@@ -3,10 +3,11 @@
 import os
 import sys
 
-from commands.commit import project_commit
+from commands.commit import UNKNOWN, project_commit
 
 
 def main() -> None:
     # The app replaces this process, so that stopping this process stops the app.
-    app = [sys.executable, "space/app.py", "--models", "models/onnx", "--commit", project_commit(), *sys.argv[1:]]
+    commit = project_commit().replace(UNKNOWN, "")
+    app = [sys.executable, "space/app.py", "--models", "models/onnx", "--commit", commit, *sys.argv[1:]]
     os.execv(sys.executable, app)

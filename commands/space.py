@@ -22,6 +22,7 @@ from commands.commit import project_commit
 from stages.common.artifacts import read_json, write_json, write_text, write_whole
 from stages.common.cards import hub_datasets
 from stages.common.errors import StageError
+from stages.common.params import read_params
 
 APP = Path("space")
 ONNX = Path("models/onnx")
@@ -69,7 +70,9 @@ def pinned_closure(requirements: str) -> str:
         try:
             pins[name] = f"{name}=={version(name)}"
         except PackageNotFoundError:
-            raise StageError(f"{name} is not installed, which the chat app needs. Run `make setup`.") from None
+            raise StageError(
+                f"{name} is not installed, which the chat app needs. Run `rm .venv/installed`, then `make setup`."
+            ) from None
         for wanted in {"", *needed.extras} - {extra for other, extra in seen if other == name}:
             seen.add((name, wanted))
             waiting += [(Requirement(text), wanted) for text in requires(name) or []]
@@ -132,6 +135,7 @@ def build_space(pin: Pin | None = None) -> Path:
 
 
 def main() -> None:
+    read_params()
     folder = build_space()
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)

@@ -11,6 +11,7 @@ from typing import Any
 from commands.lockfile import parameters, read_lock
 from stages.common.artifacts import read_json
 from stages.common.errors import StageError
+from stages.common.params import read_params
 
 REPORTS = Path("reports")
 WIDTH = 96
@@ -27,7 +28,7 @@ def table(evaluation: dict[str, Any]) -> list[str]:
         (f"answers that end within {stops['max_new_tokens']} tokens", f"{stops['base']:.0%}", f"{stops['tuned']:.0%}"),
     ]
     lines = [f"  {'':38}{'base':>9}{'tuned':>9}"]
-    lines += [f"  {name:38}{ours:>9}{theirs:>9}" for name, ours, theirs in rows]
+    lines += [f"  {name:38}{base_value:>9}{tuned_value:>9}" for name, base_value, tuned_value in rows]
     low, high = difference["loss_ci95_low"], difference["loss_ci95_high"]
     verdict = "excludes zero" if difference["significant"] else "includes zero: no difference is shown"
     lines.append(
@@ -58,6 +59,7 @@ def one_sample(samples: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
+    read_params()
     made = parameters(read_lock())
     if not made:
         raise StageError("nothing was made yet. Run `make all`.")

@@ -100,7 +100,7 @@ def step_bytes(config: PretrainedConfig, params: TrainParams, tokens: int, on_gp
 
     The batch is padded to `tokens`. `on_gpu`: with the output layer's fused kernels, which work in place.
     """
-    mixed_precision = params.fp16 or params.bf16
+    mixed_precision = training_dtype(params.fp16, params.bf16) != "float32"
     # FlashAttention needs the memory of sdpa's fused kernels, and runs only on a GPU.
     attention = "eager" if params.attn_implementation == "eager" else "sdpa"
 

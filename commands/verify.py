@@ -20,6 +20,7 @@ import pandas as pd
 
 from commands.lockfile import LOCK, outputs, read_lock
 from stages.common.errors import StageError
+from stages.common.params import read_params
 
 LOSS = Path("reports/loss")
 METRICS = Path("reports/metrics.json")
@@ -139,6 +140,7 @@ def copy_project(source: Path, target: Path) -> None:
 
 
 def main() -> None:
+    read_params()
     source, targets = Path.cwd(), sys.argv[1:]  # stages to run to, as `dvc repro` takes them; none: all
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:

@@ -32,6 +32,7 @@ from stages.common.masks import question_of, supervised_tokens
 from stages.common.model_files import check_weights, load_config, load_tokenizer
 from stages.common.models import load_model
 from stages.common.params import load_params
+from stages.common.records import read_source, read_sources
 from stages.common.schema import ExportParams
 from stages.common.scoring import accuracy_of, perplexity_of, score
 
@@ -113,7 +114,7 @@ def build(source: Path, folder: Path, params: ExportParams) -> None:
         reason = next(reversed(result.stderr.strip().splitlines()), f"status {result.returncode}")
         raise StageError(
             f"{source} could not be exported as {params.export_precision} ({reason}). "
-            "Choose another export_precision or base_model; models/merged is there without it."
+            "Choose another export_precision or base_model; models/merged is complete; only its export is missing."
         )
 
 
@@ -166,8 +167,8 @@ def card(name: str, params: ExportParams, quality: dict[str, Any], rows: pd.Data
     training = read_json(TRAINING)
     return {
         "name": name,
-        "base_model": read_json(SOURCES["base"] / "source.json"),
-        "datasets": read_json(DATA_SOURCE) if name == "tuned" else [],
+        "base_model": read_source(SOURCES["base"] / "source.json"),
+        "datasets": read_sources(DATA_SOURCE) if name == "tuned" else [],
         "training": training if name == "tuned" else None,
         "system_prompt": training["params"]["system_prompt"],
         "export": params.model_dump(),

@@ -24,6 +24,7 @@ from stages.common.machine import Machine, this_machine
 from stages.common.model_files import load_config, load_tokenizer
 from stages.common.models import load_model, quantization_config, torch_dtype
 from stages.common.params import load_params, section_of
+from stages.common.records import read_source, read_sources
 from stages.common.schema import MergeParams, TrainParams
 
 RAW_SOURCE = Path("data/raw/source.json")
@@ -174,6 +175,6 @@ def main() -> None:
         check_difference(difference, params.merge_max_logit_diff)
         tokenizer.chat_template = plain_template(tokenizer.chat_template)
         tokenizer.save_pretrained(folder)
-        card = model_card(training, read_json(BASE / "source.json"), read_json(RAW_SOURCE), params.model_dump())
+        card = model_card(training, read_source(BASE / "source.json"), read_sources(RAW_SOURCE), params.model_dump())
         write_text(folder / "README.md", card)
     print(f"merge: mean |difference of logits| to the unmerged model {difference:.5f} -> {MERGED}/")

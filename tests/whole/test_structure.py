@@ -33,6 +33,7 @@ SHAPES_NO_OUTPUT = {
     "stages.common.model_files": "checks files, and reads them as transformers does",
     "stages.common.params": "DVC watches the values themselves",
     "stages.common.pipeline": "reads dvc.yaml",
+    "stages.common.records": "reads and checks source.json",
     "stages.common.schema": "DVC watches the values themselves",
 }
 
