@@ -63,7 +63,8 @@ def run(module: str, *, network: bool = False, lock: str | None = None) -> None:
     except StageError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("error: stopped before the end; no output was changed. `dvc repro` goes on.", file=sys.stderr)
+        remedy = "No output was changed; `dvc repro` resumes." if lock else "Run the same command again."
+        print(f"error: stopped before the end. {remedy}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not is_disk_full(error):

@@ -2,7 +2,7 @@
 
 import errno
 
-DISK_FULL = "the disk is full. Free some space and run `dvc repro` again."
+DISK_FULL = "the disk is full. Free some space, then run the same command again."
 # How libraries report a full disk. torch's archive writer names only the line of its code that failed.
 DISK_FULL_SIGNS = (
     "No space left",

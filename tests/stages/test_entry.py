@@ -51,11 +51,13 @@ def test_a_full_disk_is_one_line_also_where_no_output_was_being_written(stage):
 
 
 def test_a_signal_is_one_line_and_its_own_status(stage, capsys):
-    for end in ("os.kill(os.getpid(), signal.SIGTERM)", "raise KeyboardInterrupt"):
-        with pytest.raises(SystemExit) as caught:
-            stage(end, "signal.pause()")()
-        assert caught.value.code == 130
-        assert capsys.readouterr().err == "error: stopped before the end; no output was changed. `dvc repro` goes on.\n"
+    stages_remedy, commands_remedy = "No output was changed; `dvc repro` resumes.", "Run the same command again."
+    for lock, remedy in (("made-up", stages_remedy), (None, commands_remedy)):
+        for end in ("os.kill(os.getpid(), signal.SIGTERM)", "raise KeyboardInterrupt"):
+            with pytest.raises(SystemExit) as caught:
+                stage(end, "signal.pause()")(lock=lock)
+            assert caught.value.code == 130
+            assert capsys.readouterr().err == f"error: stopped before the end. {remedy}\n"
 
 
 def test_a_second_process_of_a_stage_waits_for_the_first(stage, tmp_path):

@@ -207,7 +207,7 @@ def test_a_stage_that_is_stopped_clears_up_and_says_so(finished_project):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "error: stopped before the end; no output was changed. `dvc repro` goes on."
+    assert said.splitlines()[-1] == "error: stopped before the end. No output was changed; `dvc repro` resumes."
     assert not list(finished_project.folder.glob("*/.*.partial"))
     assert finished_project.run("dvc", "status", "fetch").stdout.strip().endswith("up to date.")
 
