@@ -195,7 +195,7 @@ def page(recipes: dict[str, dict[str, Any]]) -> str:
 def generated() -> dict[Path, str]:
     """Each generated file and what it should hold."""
     files = [path for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("previous")]
-    reference = read_values(RECIPES / f"{REFERENCE}.yaml")
+    reference = with_defaults(read_values(RECIPES / f"{REFERENCE}.yaml"))
     recipes = {path.stem: with_defaults(read_values(path)) for path in files}
     for path in [*files, PARAMS]:
         if unknown := [key for key in read_values(path) if key not in Params.model_fields]:
