@@ -82,7 +82,7 @@ def test_metrics_are_read_in_120_columns_after_a_change_of_data(after_experiment
         row["lang"] = "de"
     write_jsonl(after_experiment.folder / "data/local/trees.jsonl", trees)
     after_experiment.set(languages=[])
-    assert stages_run(after_experiment.run("dvc", "repro").stdout) == STAGES
+    assert stages_run(after_experiment.run("dvc", "repro", "evaluate").stdout) == STAGES[:-1]
     check_width(after_experiment)
 
 
