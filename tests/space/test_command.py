@@ -83,7 +83,11 @@ def test_the_folder_runs_alone_and_ctrl_c_ends_it(tiny_models, tmp_path):
     (folder / "commit.txt").write_text("0123abcd\n")
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "LANG": "C.UTF-8"}
     command = [sys.executable, "app.py", "--port", "0"]
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in the background ignores SIGINT, and the app would inherit that.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, **options
+    ) as process:
         try:
             address = printed_address(process)
             wait_until(lambda: answers(address))

@@ -110,7 +110,9 @@ FILES = {
 def raw_folder(folder: Path) -> Path:
     """The folder of the only data set, as fetch makes it."""
     (folder / "data/raw/1").mkdir(parents=True)
-    (folder / "data/raw/source.json").write_text('[{"source": "file:x", "revision": null, "license": null}]')
+    (folder / "data/raw/source.json").write_text(
+        '[{"source": "file:x", "revision": null, "hub": null, "license": null}]'
+    )
     return folder / "data/raw/1"
 
 

@@ -33,7 +33,7 @@ def test_the_full_size_in_two_gibibytes(form, project):
     else:
         source = EXPORT.format(form.split()[0])
         marked = write_trees(raw / "1" / Path(source).name, ready_alone=form == "ready trees")
-    write_json(raw / "source.json", [{"source": source, "revision": OASST1}])
+    write_json(raw / "source.json", [{"source": source, "revision": OASST1, "hub": source, "license": None}])
     project.set(languages=[], validation_fraction=0.05)
     (project.folder / "measured.py").write_text(
         "import resource\n"
