@@ -190,7 +190,7 @@ class Chat:
                 return text, spans
         # Literal text depends on what a content says: on what a user says, or on an answer itself (a <think> block).
         for message in messages:
-            if message["content"].strip() not in text:
+            if message["role"] != ANSWER and message["content"].strip() not in text:
                 raise ChatError(f"it rewrites or drops the {message['role']}'s text {shown(message['content'])}.")
         with suppress(ChatError):
             fixed = [message["role"] != ANSWER for message in messages]
