@@ -6,11 +6,12 @@ import re
 
 import pytest
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from stages.common.chat import Chat, ChatError, check_same_ids, end_ids, plain_template, rendered_by
 from stages.common.chat.probes import probes
+from stages.common.chat.tokens import Tokens
 from stages.common.errors import StageError
 from stages.common.generation import greedy_answers
 from stages.common.models import load_model
@@ -19,6 +20,7 @@ from stages.export import set_tokenizer
 from stages.merge import save_tokenizer
 from stages.merge import set_special_tokens as set_models_tokens
 from stages.tokenize import load_template, set_special_tokens
+from tests.support.models import CORPUS
 from tests.support.templates import LOOP, PROMPT, SMALL, TURN, chat_of, talk, tokenizer_for
 
 TALK = talk("What is 1 + 1?", "It is 2.", "And?", "Paris", system="Be kind.")
@@ -117,6 +119,40 @@ def test_a_space_belongs_to_the_word_behind_it_and_a_letter_is_never_shared():
     ) as e:
         chat_for(glued).encode([talk("Q", "A"), talk("Q", "f")])
     assert e.value.row == 1
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_skeleton_holds_for_all_conversations_of_the_same_roles(name, monkeypatch):
+    """The other ways to find answers cost a rendering for each conversation, or for each answer."""
+    monkeypatch.setattr("stages.common.chat.chat.find_by_prompts", None)
+    chat = chat_of(name)
+    chat.encode([talk(f"{i} ", f"\n {i} \n", f"\n{i}", f" {i}\n") for i in range(9)])
+    assert len(chat._skeletons) < 9
+
+
+def test_a_tokenizer_that_rewrites_text_and_decodes_in_its_own_way():
+    """Words instead of bytes, composed characters, and no token for some."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(["How is the caf\u00e9 ?", *CORPUS], trainers.BpeTrainer(special_tokens=special))
+    chat = Chat(tokenizer, LOOP + TURN + PROMPT, {}, "mine")
+    (encoded,) = chat.encode([talk("How is it?", "The cafe\u0301 is soft.", "Why?", "\u65e5 soft")])
+    answers = [tokenizer.decode(encoded.ids[a:b], skip_special_tokens=False).strip() for a, b in encoded.spans]
+    assert [answer.removesuffix("<|im_end|>").strip() for answer in answers] == ["The caf\u00e9 is soft.", "<unk> soft"]
+
+
+@pytest.mark.parametrize("shift", [(1, 0), (-1, 0), (0, 1), (0, -1)])
+def test_spans_that_are_off_by_a_token_are_found_out(shift, monkeypatch):
+    find = Tokens.find
+
+    def shifted(*args):
+        return [answer._replace(start=answer.start + shift[0], stop=answer.stop + shift[1]) for answer in find(*args)]
+
+    monkeypatch.setattr(Tokens, "find", shifted)
+    with pytest.raises(ChatError, match="^mine: an answer's tokens say .* where .* was expected"):
+        chat_for(LOOP + TURN + PROMPT).encode([talk("Q", "It is 2.")])
 
 
 def test_a_special_token_that_takes_the_space_behind_it_does_not_take_the_answer():

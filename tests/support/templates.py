@@ -60,6 +60,9 @@ SMALL = {
     "{{ messages[0].content }}\n{% endif %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}" + PROMPT,
     "looks_at_the_user": LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'user' and '?' in m.content %}(question) "
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT,
+    "looks_at_the_user_and_has_words": LOOP + "<|im_start|>{{ m.role }}\n{% if '?' in m.content and m.role == 'user' %}"
+    "(question) {% endif %}{% if m.role == 'assistant' %}<note>none</note>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}" + PROMPT,
     "words_before_an_answer": LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<note>none</note>\n\n"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT,
 }  # fmt: skip

@@ -117,22 +117,13 @@ class Chat:
         encodings = self._tokens.encode([text for text, _ in found])
         encoded = []
         for row, (encoding, (text, spans)) in enumerate(zip(encodings, found, strict=True)):
-            ids, tokens = self._in_row(row, self._tokens.find, encoding, text, spans)
+            ids = encoding.ids
+            answers = self._in_row(row, self._tokens.find, encoding, ids, text, spans)
+            self._in_row(row, self._tokens.check, ids, answers, spans)
             pairs = zip(escaped[row], conversations[row], strict=True)
-            encoded.append(Encoded(ids, tokens, any(new["content"] != old["content"] for new, old in pairs)))
-        self._check(encoded, [spans for _, spans in found])
+            changed = any(new["content"] != old["content"] for new, old in pairs)
+            encoded.append(Encoded(ids, [(answer.start, answer.stop) for answer in answers], changed))
         return encoded
-
-    def _check(self, encoded: list[Encoded], spans: list[list[Span]]) -> None:
-        """Raise ChatError unless each answer has a span, and each span is its answer's text and one end token."""
-        rows, answers, contents = [], [], []
-        for row, (conversation, found) in enumerate(zip(encoded, spans, strict=True)):
-            for (start, stop), span in zip(conversation.spans, found, strict=True):
-                rows.append(row)
-                answers.append(conversation.ids[start : stop - 1])
-                contents.append(span.content)
-        if wrong := self._tokens.check(answers, contents):
-            raise self._named(ChatError(wrong[1]), rows[wrong[0]])
 
     def end_tokens(self) -> list[str]:
         """The tokens that close an answer, wherever it stands; first the one at the end of a conversation.

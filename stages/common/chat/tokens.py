@@ -1,6 +1,7 @@
 """A tokenizer of the tokenizers library, as chats need it: control tokens, the tokens of each answer, what they say."""
 
 import re
+from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer, decoders
 
@@ -8,6 +9,15 @@ from stages.common.chat.skeleton import ChatError, Span, difference, shown
 
 INVISIBLE = "\u200b"  # put inside a control token that a text spells
 NO_TEXT = b"\xff"  # is in no UTF-8
+
+
+class Found(NamedTuple):
+    """An answer among tokens."""
+
+    start: int
+    stop: int  # behind its end token
+    text: str  # what the tokens up to its end token say
+    end: int  # the id of that
 
 
 class Tokens:
@@ -39,50 +49,54 @@ class Tokens:
     def encode(self, texts: list[str]) -> list[Encoding]:
         return list(self._tokenizer.encode_batch(texts, add_special_tokens=False))
 
-    def find(self, encoding: Encoding, text: str, spans: list[Span]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text, and each answer's first token and the one behind its end token.
+    def find(self, encoding: Encoding, ids: list[int], text: str, spans: list[Span]) -> list[Found]:
+        """The tokens of each answer in a text of these `ids`. Raises ChatError where one belongs to its prompt, too."""
+        return [self._find(encoding, ids, text, span) for span in spans]
 
-        Raises ChatError where a token belongs to an answer and to what is before it.
-        """
-        ids: list[int] = encoding.ids
-        tokens = []
-        for span in spans:
-            end = encoding.char_to_token(span.stop)
-            if end is None or ids[end] != self._ids[span.end]:
-                raise ChatError(f"its end token {span.end} is not one token in {shown(text[span.start :])}.")
-            at = span.start
-            while (first := encoding.char_to_token(at)) is None:
-                at += 1
-            begin = (encoding.token_to_chars(first) or (at, at))[0]
-            if begin < span.start:
-                if ids[first] in self._special:  # some take the white space behind them
-                    first += 1
-                elif text[begin : span.start].strip():
-                    raise ChatError(
-                        f"the token {shown(text[begin : span.start + 1])} belongs both to the prompt and to the answer "
-                        f"{shown(span.content)}. Choose a template with white space between the two."
-                    )
-            tokens.append((first, end + 1))
-        return ids, tokens
+    def _find(self, encoding: Encoding, ids: list[int], text: str, span: Span) -> Found:
+        end = encoding.char_to_token(span.stop)
+        if end is None or ids[end] != self._ids[span.end]:
+            raise ChatError(f"its end token {span.end} is not one token in {shown(text[span.start :])}.")
+        at = span.start
+        while (first := encoding.char_to_token(at)) is None:
+            at += 1
+        begin = _begin(encoding, first)
+        if begin < span.start:
+            if ids[first] in self._special:  # some take the white space behind them
+                first += 1
+                begin = _begin(encoding, first)
+            elif text[begin : span.start].strip():
+                raise ChatError(
+                    f"the token {shown(text[begin : span.start + 1])} belongs both to the prompt and to the answer "
+                    f"{shown(span.content)}. Choose a template with white space between the two."
+                )
+        return Found(first, end + 1, text[begin : _begin(encoding, end)], self._ids[span.end])
 
-    def check(self, answers: list[list[int]], contents: list[str]) -> tuple[int, str] | None:
-        """The first answer (without its end token) that does not say its content, and how; None when all do."""
-        for i, (ids, content) in enumerate(zip(answers, contents, strict=True)):
-            expected = content.strip()
-            if self._bytes:
-                said = b"".join(map(self._bytes.__getitem__, ids))
-                if said == content.encode() or said.decode("utf-8", "surrogateescape").strip() == expected:
-                    continue
-            text = self._tokenizer.decode(ids, skip_special_tokens=False).strip()
-            # Some tokenizers compose characters, or have no token for one.
-            if (
-                text != expected
-                and text != self._tokenizer.decode(self.ids(content), skip_special_tokens=False).strip()
-            ):
-                return i, f"an answer's tokens say {difference(content, text)}."
-            if not self._special.isdisjoint(ids):
-                return i, f"an answer holds a control token: {shown(text)}."
-        return None
+    def check(self, ids: list[int], answers: list[Found], spans: list[Span]) -> None:
+        """Raise ChatError unless the tokens of each answer are those of its text, and then its end token."""
+        for (start, stop, text, end), span in zip(answers, spans, strict=True):
+            if not (self._says(ids[start : stop - 1], text) and ids[stop - 1] == end):
+                said = self._tokenizer.decode(ids[start:stop], skip_special_tokens=False)
+                raise ChatError(f"an answer's tokens say {difference(text + span.end, said)}.")
+            if text.strip() != span.content.strip():
+                raise ChatError(
+                    f"its tokens do not begin and end where an answer does: {difference(span.content, text)}."
+                )
+
+    def _says(self, ids: list[int], text: str) -> bool:
+        if self._bytes and b"".join(map(self._bytes.__getitem__, ids)) == text.encode():
+            return True
+        # Other decoders drop the first space; some tokenizers compose characters, or have no token for one.
+        alone = self.ids(text)
+        said, meant = (self._tokenizer.decode(x, skip_special_tokens=False).strip() for x in (ids, alone))
+        return said in (text.strip(), meant) and self._special.isdisjoint(set(ids) - set(alone))
+
+
+def _begin(encoding: Encoding, token: int) -> int:
+    """The character at which a token begins."""
+    place = encoding.token_to_chars(token)
+    assert place is not None
+    return place[0]
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
