@@ -138,9 +138,9 @@ def test_a_tokenizer_that_rewrites_text_and_decodes_in_its_own_way():
     special = ["<unk>", "<|im_start|>", "<|im_end|>"]
     tokenizer.train_from_iterator(["How is the caf\u00e9 ?", *CORPUS], trainers.BpeTrainer(special_tokens=special))
     chat = Chat(tokenizer, LOOP + TURN + PROMPT, {}, "mine")
-    (encoded,) = chat.encode([talk("How is it?", "The cafe\u0301 is soft.", "Why?", "\u65e5 soft")])
+    (encoded,) = chat.encode([talk("How is it?", "How is the cafe\u0301 ?", "Why?", "\u65e5 soft")])
     answers = [tokenizer.decode(encoded.ids[a:b], skip_special_tokens=False).strip() for a, b in encoded.spans]
-    assert [answer.removesuffix("<|im_end|>").strip() for answer in answers] == ["The caf\u00e9 is soft.", "<unk> soft"]
+    assert [answer.removesuffix("<|im_end|>").strip() for answer in answers] == ["How is the caf\u00e9 ?", "<unk> soft"]
 
 
 @pytest.mark.parametrize("shift", [(1, 0), (-1, 0), (0, 1), (0, -1)])

@@ -86,10 +86,12 @@ class Tokens:
     def _says(self, ids: list[int], text: str) -> bool:
         if self._bytes and b"".join(map(self._bytes.__getitem__, ids)) == text.encode():
             return True
-        # Other decoders drop the first space; some tokenizers compose characters, or have no token for one.
         alone = self.ids(text)
         said, meant = (self._tokenizer.decode(x, skip_special_tokens=False).strip() for x in (ids, alone))
-        return said in (text.strip(), meant) and self._special.isdisjoint(set(ids) - set(alone))
+        if meant == text.strip() and self._bytes:
+            return False
+        # Other decoders drop the first space. Some tokenizers compose characters, or have no token for one.
+        return said == meant and self._special.isdisjoint(set(ids) - set(alone))
 
 
 def _begin(encoding: Encoding, token: int) -> int:
