@@ -126,7 +126,7 @@ def test_one_skeleton_holds_for_all_conversations_of_the_same_roles(name, monkey
     """The other ways to find answers cost a rendering for each conversation, or for each answer."""
     monkeypatch.setattr("stages.common.chat.chat.find_by_prompts", None)
     chat = chat_of(name)
-    chat.encode([talk(f"{i} ", f"\n {i} \n", f"\n{i}", f" {i}\n") for i in range(9)])
+    chat.encode([talk(f"{i}? ", f"\n {i} \n", f"\n{i}", f" {i}\n") for i in range(9)])
     assert len(chat._skeletons) < 9
 
 

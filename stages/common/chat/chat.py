@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jinja2
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from stages.common.chat.skeleton import (
@@ -30,6 +31,7 @@ from stages.common.params import TEMPLATES
 
 T = TypeVar("T")
 
+BATCH = 512  # conversations tokenised at once: enough for the fast tokenizer's threads, little memory
 TWO_DAYS = (datetime(2001, 2, 3, 4, 5), datetime(2022, 11, 10, 9, 8))
 
 
@@ -39,6 +41,14 @@ class Encoded(NamedTuple):
     ids: list[int]
     spans: list[tuple[int, int]]  # each answer, from its first token to behind its end token
     escaped: bool  # whether a text in it spelt a control token
+
+
+class Written(NamedTuple):
+    """A conversation in text."""
+
+    text: str
+    spans: list[Span]
+    escaped: bool
 
 
 class Chat:
@@ -107,23 +117,40 @@ class Chat:
         return self._tokens.ids(self.text(messages, prompt))
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Each conversation in tokens, with as many spans as it has answers.
+        """As `stream`, all at once."""
+        return list(self.stream(conversations))
+
+    def stream(self, conversations: Sequence[Sequence[Message]]) -> Iterator[Encoded]:
+        """Each conversation in tokens, in order, with as many spans as it has answers.
 
         A span decodes to the answer's text and one end token. Raises ChatError where that cannot be; its `row` is the
         number of the conversation.
         """
-        escaped = [self.escaped(messages) for messages in conversations]
-        found = [self._in_row(row, self._find, messages) for row, messages in enumerate(escaped)]
-        encodings = self._tokens.encode([text for text, _ in found])
-        encoded = []
-        for row, (encoding, (text, spans)) in enumerate(zip(encodings, found, strict=True)):
-            ids = encoding.ids
-            answers = self._in_row(row, self._tokens.find, encoding, ids, text, spans)
-            self._in_row(row, self._tokens.check, ids, answers, spans)
-            pairs = zip(escaped[row], conversations[row], strict=True)
-            changed = any(new["content"] != old["content"] for new, old in pairs)
-            encoded.append(Encoded(ids, [(answer.start, answer.stop) for answer in answers], changed))
-        return encoded
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer works meanwhile, without Python's lock
+            waiting = None
+            for start in range(0, len(conversations), BATCH):
+                written = [
+                    self._in_row(start + i, self._write, messages)
+                    for i, messages in enumerate(conversations[start : start + BATCH])
+                ]
+                encodings = pool.submit(self._tokens.encode, [each.text for each in written])
+                if waiting:
+                    yield from self._finish(*waiting)
+                waiting = start, written, encodings
+            if waiting:
+                yield from self._finish(*waiting)
+
+    def _write(self, messages: Sequence[Message]) -> Written:
+        escaped = self.escaped(messages)
+        changed = any(new["content"] != old["content"] for new, old in zip(escaped, messages, strict=True))
+        return Written(*self._find(escaped), changed)
+
+    def _finish(self, start: int, written: list[Written], encodings: "Future[list[Encoding]]") -> Iterator[Encoded]:
+        for row, (each, encoding) in enumerate(zip(written, encodings.result(), strict=True), start):
+            ids: list[int] = encoding.ids
+            answers = self._in_row(row, self._tokens.find, encoding, ids, each.text, each.spans)
+            self._in_row(row, self._tokens.check, ids, answers, each.spans)
+            yield Encoded(ids, [(answer.start, answer.stop) for answer in answers], each.escaped)
 
     def end_tokens(self) -> list[str]:
         """The tokens that close an answer, wherever it stands; first the one at the end of a conversation.

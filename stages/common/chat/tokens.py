@@ -1,6 +1,7 @@
 """A tokenizer of the tokenizers library, as chats need it: control tokens, the tokens of each answer, what they say."""
 
 import re
+from functools import cached_property
 from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer, decoders
@@ -34,7 +35,10 @@ class Tokens:
         self._special = frozenset(added)
         self._controls = sorted(self._ids, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, self._controls)) or "(?!)")  # matches a special token
-        self._bytes = bytes_of_tokens(self._tokenizer)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return bytes_of_tokens(self._tokenizer)
 
     def escape(self, text: str) -> str:
         """`text` with an invisible space inside each control token; otherwise it could end or begin a turn."""
@@ -110,12 +114,11 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
         return []
     # Its alphabet: a byte that can be printed is its own character, the others follow from 256 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {256 + i: byte for i, byte in enumerate(others)}
     table = [NO_TEXT] * (max(tokenizer.get_vocab().values()) + 1)
     for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
-        if all(character in byte_of for character in token):
-            table[i] = bytes(byte_of[character] for character in token)
+        table[i] = token.translate(byte_of).encode("latin-1", "replace")
     for i, added in tokenizer.get_added_tokens_decoder().items():
         table[i] = NO_TEXT if added.special else added.content.encode()
     return table
