@@ -53,6 +53,10 @@ class PrepareParams(Section):
     max_bad_rows: float = Field(
         ge=0, le=1, description="Share of rows that may be unreadable; they are skipped and counted, more stop prepare."
     )
+    unsupported_rows: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="Rows with more than text (tool calls, images, …): stop prepare, or skip and count them.",
+    )
     threads: Literal["best", "all"] = Field(
         description="best: the best-ranked path of each tree. all: every path, shared beginnings trained on once."
     )

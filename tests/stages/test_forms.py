@@ -24,6 +24,9 @@ EXAMPLES = {
         },
     },
     "messages": {"messages": [{"role": "human", "content": "Q"}, {"role": "gpt", "content": "A"}]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "conversation": {"conversation": [{"role": "User", "content": "Q"}, {"role": "Assistant", "content": "A"}]},
+    "preference": {"prompt": "Q", "chosen": "A", "rejected": "B"},
     "instruction": {"instruction": "Q", "output": "A"},
     "message": message("a", role="prompter", text="Q"),
 }
@@ -49,7 +52,7 @@ def test_a_form_is_recognised_and_its_roles_are_user_and_assistant(name):
     "row, problem",
     [
         (message("a", role="user"), "role is 'user', neither prompter nor assistant"),
-        ({"messages": [{"role": "tool", "content": "4"}]}, "role is 'tool', neither user nor assistant"),
+        ({"messages": [{"role": "moderator", "content": "4"}]}, "role is 'moderator', neither user nor assistant"),
     ],
 )
 def test_a_role_that_a_form_does_not_know_is_a_bad_row(row, problem):
