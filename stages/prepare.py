@@ -1,6 +1,6 @@
 """Turn message trees and other rows into conversations: choose threads, filter, deduplicate, split.
 
-Reads data/raw/1/, … (.jsonl, .jsonl.gz or .parquet; stages/conversations/forms.py lists the forms of rows).
+Reads data/raw/1/, … (stages/conversations/files.py lists the types of files, forms.py the forms of rows).
 Writes data/prepared/{train,validation}.parquet (a conversation a row), data/prepared/params.json (how they were chosen)
 and reports/funnel.json (messages, trees, conversations and characters that each step dropped and kept, by reason and by
 language). Run: `dvc repro prepare`
@@ -18,7 +18,7 @@ from stages.common.records import read_sources
 from stages.common.schema import PrepareParams
 from stages.conversations.filters import ALTERNATING, FILTERS, THREAD_FILTERS, VALID, keep_messages, keep_threads
 from stages.conversations.known import check_known
-from stages.conversations.messages import check_bad_rows, read_messages
+from stages.conversations.messages import check_bad_rows, check_unsupported, left_out_notes, read_messages
 from stages.conversations.selection import Selection
 from stages.conversations.splits import settle_splits, threads_by_split
 from stages.conversations.tables import conversation_table, count_kept
@@ -33,8 +33,9 @@ def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd
     """Messages (columns: see `read_messages`) to conversations by split (columns: see `conversation_table`), and the
     funnel: what was read, dropped by each step, and kept by split.
 
-    Raises StageError when too many rows are bad, or nothing is left for a split.
+    Raises StageError when a row is unsupported, too many rows are bad, or nothing is left for a split.
     """
+    check_unsupported(messages, params.unsupported_rows)
     check_bad_rows(messages["bad"], params.max_bad_rows, RAW)
     selection = keep_messages(Selection.of(messages), (*VALID, *FILTERS), params)
     selection = keep_messages(settle_splits(selection), ALTERNATING, params)
@@ -54,7 +55,10 @@ def main() -> None:
     params = load_params(PrepareParams)
     tables = []
     for number, source in enumerate(read_sources(RAW / "source.json")):
-        tables.append(read_messages(RAW / str(number + 1), number))
+        notes: list[str] = []
+        tables.append(read_messages(RAW / str(number + 1), number, notes))
+        for note in [*notes, *left_out_notes(tables[-1])]:
+            print(f"prepare: {source['source']}: {note}", flush=True)
         trees = tables[-1]["message_tree_id"].nunique()
         if warning := check_known(source["source"], source["revision"], len(tables[-1]), trees):
             print(warning, file=sys.stderr, flush=True)

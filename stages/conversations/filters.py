@@ -17,8 +17,18 @@ from stages.conversations.threads import answered, reachable, right_roles
 Filter = tuple[str, Callable[[pd.DataFrame, PrepareParams], pd.Series | None]]
 ThreadFilter = tuple[str, Callable[[Selection, PrepareParams], Sequence[bool] | None]]
 
+
+def not_left_out(messages: pd.DataFrame, reason: str) -> pd.Series | None:
+    """Which messages are not left out for this reason; None where none is, as in message trees."""
+    left_out = messages["left_out"] == reason
+    return ~left_out if left_out.any() else None
+
+
 # Rows that are messages of a tree.
 VALID: tuple[Filter, ...] = (
+    ("unsupported", lambda messages, params: not_left_out(messages, "unsupported")),
+    ("late_system", lambda messages, params: not_left_out(messages, "late_system")),
+    ("greeting", lambda messages, params: not_left_out(messages, "greeting")),
     ("bad_row", lambda messages, params: messages["bad"].isna()),
     ("empty", lambda messages, params: messages["text"].str.strip() != ""),
     ("duplicate_id", lambda messages, params: ~messages["message_id"].duplicated()),
@@ -69,9 +79,19 @@ ALTERNATING: tuple[Filter, ...] = (
     ("unanswered_question", lambda messages, params: answered(messages)),
 )
 
+
+def has_trained_answer(selection: Selection, params: PrepareParams) -> list[bool] | None:
+    """Which threads hold an answer that the data let be trained on; None where they all may be."""
+    if selection.messages["trained"].all():
+        return None
+    trained = selection.values("trained")
+    return [any(trained[i] for i in ids[1::2]) for ids in selection.threads]
+
+
 # Threads that become conversations.
 THREAD_FILTERS: tuple[ThreadFilter, ...] = (
     ("below_min_turns", lambda selection, params: [len(ids) >= 2 * params.min_turns for ids in selection.threads]),
+    ("not_to_be_trained", has_trained_answer),
     ("duplicate_conversation", first_copies),
     ("near_duplicate", dissimilar),
     ("question_is_held_out", new_questions),

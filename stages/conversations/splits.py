@@ -14,19 +14,34 @@ from stages.conversations.selection import Selection, Thread
 def settle_splits(selection: Selection) -> Selection:
     """Settle the splits that a data set brings: its validation split is held out, or if it has none its test split.
 
-    Rows outside these two splits are dropped (a test split beside a validation split stays unseen). Where a data set
-    has no such pair of splits, `split` becomes None on all its rows.
+    Rows outside these two splits are dropped (a test split beside a validation split stays unseen). Files without a
+    split are trained on where a test split is the only one. Where a data set has no such pair of splits, `split`
+    becomes None on all its rows. A test split is dropped where nothing else could be trained on.
     """
     messages = selection.messages
     settled = messages["split"].copy()
     for _, names in messages.groupby("dataset")["split"]:
-        held_out_name = next((name for name in ("validation", "test") if (names == name).any()), None)
-        if held_out_name is None or not (names == "train").any():
-            settled[names.index] = None
-        else:
-            settled[names.index] = names.map({"train": "train", held_out_name: "validation"}).fillna("other")
-    selection = replace(selection, messages=messages.assign(split=settled))
+        settled[names.index] = names.map(settled_names(set(names.dropna()), bool(names.isna().any())), na_action=None)
+    selection = replace(selection, messages=messages.assign(split=settled.astype(object).where(settled.notna(), None)))
     return selection.keep(settled.ne("other"), "other_split")
+
+
+def settled_names(found: set[str], unnamed: bool) -> dict[str | None, str | None]:
+    """What becomes of each split of a data set; `unnamed` says whether some of its files state none.
+
+    A split becomes train, validation, other (dropped) or None (by hash).
+    """
+    everything = (None, *found)
+    if "train" in found:
+        held = next((name for name in ("validation", "test") if name in found), None)
+        if held is None:
+            return dict.fromkeys(everything)
+        return {**dict.fromkeys(everything, "other"), "train": "train", held: "validation"}
+    if "test" not in found:
+        return dict.fromkeys(everything)
+    if "validation" in found:  # and files without a split, which are trained on
+        return {None: "train", "validation": "validation" if unnamed else None, "test": "other"}
+    return {None: "train", "test": "validation" if unnamed else "other"}
 
 
 def held_out(tree_id: str, fraction: float, seed: int) -> bool:

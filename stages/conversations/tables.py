@@ -26,7 +26,7 @@ def conversation_table(selection: Selection, threads: Sequence[Thread], system_p
         return first + [{"role": role[i], "content": text[i].strip()} for i in ids]
 
     distinct = list(dict.fromkeys(threads))
-    flags = dict(zip(distinct, trained_answers(distinct), strict=True))
+    flags = dict(zip(distinct, trained_answers(distinct, selection.values("trained")), strict=True))
     return pd.DataFrame(
         {
             "message_tree_id": [tree[ids[0]] for ids in threads],

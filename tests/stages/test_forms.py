@@ -3,13 +3,17 @@
 import gzip
 import json
 
+import datasets
 import pandas as pd
+import pyarrow as pa
 import pytest
 
-from stages.conversations.forms import FORMS, form_of
+from stages.common.errors import StageError
+from stages.conversations.forms import FORMS, form_of, unknown_form, unread_columns
 from stages.conversations.messages import message_row, read_messages
 from stages.conversations.threads import find_threads
 from tests.support.conversations import check_funnel, frame, run
+from tests.support.project import ROOT
 from tests.support.rows import message, write_jsonl
 
 # A question and its answer in each form.
@@ -24,6 +28,9 @@ EXAMPLES = {
         },
     },
     "messages": {"messages": [{"role": "human", "content": "Q"}, {"role": "gpt", "content": "A"}]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "conversation": {"conversation": [{"role": "User", "content": "Q"}, {"role": "Assistant", "content": "A"}]},
+    "preference": {"prompt": "Q", "chosen": "A", "rejected": "B"},
     "instruction": {"instruction": "Q", "output": "A"},
     "message": message("a", role="prompter", text="Q"),
 }
@@ -49,7 +56,7 @@ def test_a_form_is_recognised_and_its_roles_are_user_and_assistant(name):
     "row, problem",
     [
         (message("a", role="user"), "role is 'user', neither prompter nor assistant"),
-        ({"messages": [{"role": "tool", "content": "4"}]}, "role is 'tool', neither user nor assistant"),
+        ({"messages": [{"role": "moderator", "content": "4"}]}, "role is 'moderator', neither user nor assistant"),
     ],
 )
 def test_a_role_that_a_form_does_not_know_is_a_bad_row(row, problem):
@@ -100,6 +107,57 @@ def test_reads_flat_nested_gzip_and_parquet_alike(tmp_path):
     assert list(expected["rank"].isna()) == [True, False, True, False]
     for form in ("nested", "gz", "parquet"):
         pd.testing.assert_frame_equal(read_messages(tmp_path / form), expected)
+
+
+DOCUMENTED = [
+    line for line in (ROOT / "docs/data.md").read_text(encoding="utf-8").splitlines() if line.startswith('{"')
+]
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_every_documented_form_gives_its_conversation(line):
+    row = json.loads(line)
+    form = form_of(row)
+    assert form is not None
+    messages = [message_row(found, form.roles) for found in form.messages(row, "x-1")]
+    assert [(m["role"], m["text"], m["bad"]) for m in messages] == [("user", "Hi", None), ("assistant", "Yo", None)]
+    assert messages[0]["system"] == "Be brief." and not list(unread_columns(row, form))
+
+
+def test_every_form_of_conversations_is_documented():
+    documented = {form.name for line in DOCUMENTED if (form := form_of(json.loads(line)))}
+    assert documented == {form.name for form in FORMS if not form.is_tree}
+
+
+def test_an_unknown_form_names_the_nearest():
+    row = {"Question": "Q", "answers": "A"}
+    assert form_of(row) is None
+    line = unknown_form(row)
+    assert "Columns found: Question, answers. Nearest form: instruction (question/answer" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_each_file_type_is_read_from_subfolders(tmp_path, ending, packed):
+    rows = [{"question": f"Q{i}", "answer": "A, é\nB"} for i in range(3)]
+    if ending == "csv":
+        text = pd.DataFrame(rows).to_csv(index=False)
+    else:
+        text = json.dumps(rows) if ending == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+    data = text.encode("utf-8-sig")
+    data = gzip.compress(data) if packed == ".gz" else pa.compress(data, "zstd", asbytes=True) if packed else data
+    (tmp_path / "part").mkdir()
+    (tmp_path / f"part/x.{ending}{packed}").write_bytes(data)
+    table = read_messages(tmp_path)
+    assert list(table["text"]) == ["Q0", "A, é\nB", "Q1", "A, é\nB", "Q2", "A, é\nB"]
+    (tmp_path / f"part/x.{ending}").write_bytes(text.encode("utf-16"))
+    with pytest.raises(StageError, match=f"part/x.{ending} is not UTF-8 .*UTF-16"):
+        read_messages(tmp_path)
+
+
+def test_a_folder_of_save_to_disk_is_read(tmp_path):
+    datasets.Dataset.from_list([{"question": "Q", "answer": "A"}]).save_to_disk(tmp_path / "saved")
+    assert list(read_messages(tmp_path)["text"]) == ["Q", "A"]
 
 
 TURNS = [("system", "be"), ("user", "hi"), ("assistant", "yo"), ("user", "bye")]

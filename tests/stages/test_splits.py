@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from stages.conversations.files import split_of
 from stages.conversations.splits import held_out
 from tests.support.conversations import check_funnel, frame, run, two_datasets
 from tests.support.rows import message
@@ -22,6 +23,7 @@ def test_split_does_not_move_when_other_trees_come():
         (("train", "validation", "test"), "validation", 2),
         (("train", "test"), "test", 0),
         (("train", "validation", None), "validation", 2),
+        (("train", "test", None), "test", 2),
     ],
 )
 def test_a_published_test_split_is_never_trained_on(splits, held, dropped):
@@ -63,4 +65,32 @@ def test_a_weight_says_how_often_a_data_set_is_used(weight, expected):
         pd.testing.assert_frame_equal(
             before.query(part).reset_index(drop=True), conversations.query(part).reset_index(drop=True)
         )
+    check_funnel(funnel)
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train-00000-of-00001.parquet", "train"),
+        ("valid/x.jsonl", "validation"),
+        ("my_dev.csv", "validation"),
+        ("data.test1.jsonl", "test"),
+        ("testimonials.jsonl", None),
+        ("training.jsonl", None),
+        ("test/evaluation.jsonl", "test"),
+    ],
+)
+def test_a_split_is_a_word_of_its_own(name, split):
+    assert split_of(name) == split
+
+
+def test_a_lone_test_split_is_held_out_of_unnamed_files():
+    parts = [
+        frame([message(n, role="prompter"), message(f"{n}.a", n)], n if n == "test" else None) for n in ("x", "test")
+    ]
+    conversations, funnel = run(pd.concat(parts, ignore_index=True))
+    assert conversations.groupby("split")["message_tree_id"].apply(list).to_dict() == {
+        "train": ["x"],
+        "validation": ["test"],
+    }
     check_funnel(funnel)
