@@ -73,8 +73,7 @@ verify: setup  ## Run the pipeline twice from nothing, elsewhere, and compare ev
 	@$(PY) -m commands verify
 
 status: setup  ## List the stages that would run, and print the last summary.
-	@$(PY) -m dvc status
-	@$(PY) -m commands summary
+	@$(PY) -m commands status
 
 clean:  ## Remove caches and half-made outputs, and nothing that took work to make.
 	@find . -path ./$(VENV) -prune -o -path ./.dvc -prune -o -path ./.git -prune -o \

@@ -8,6 +8,7 @@ COMMANDS = {
     "recipe": False,
     "repro": True,
     "summary": False,
+    "status": False,
     "verify": True,
     "space": False,
     "deploy": True,

@@ -3,6 +3,7 @@
 A new kind of source is a subclass of `Source` in sources.py and its entry in `DOWNLOADS` below.
 """
 
+import difflib
 import os
 import re
 import shutil
@@ -117,7 +118,9 @@ def copy_local(source: FileSource, kind: Kind, destination: Path) -> None:
     """Copy a local file (and the README.md beside it) or folder, if it has the pinned hash or DVC watches it."""
     path = source.path
     if not path.exists():
-        raise StageError(f"{path} does not exist. Correct the path after file:, or put the {kind} there.")
+        there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(path.name, there, 1, 0.8))
+        raise StageError(f"{path} does not exist.{near} Correct the path after file:, or put the {kind} there.")
     digest = f"sha256:{sha256_file(path) if path.is_file() else digest_files([path])}"
     watched = WATCHED[kind]
     if source.revision is None and not any(path.resolve().is_relative_to(p.resolve()) for p in watched):

@@ -105,15 +105,19 @@ def contradictions(values: dict[str, Any]) -> list[str]:
 
 def read_values(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file, unchecked. Raises StageError when there is no such mapping."""
+    text = ""
     try:
+        text = path.read_text(encoding="utf-8")
         # YAML 1.2, as DVC writes it: 1e-05 is a number there and a string to YAML 1.1 readers.
-        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        content = YAML(typ="safe").load(text)
     except FileNotFoundError:
         raise StageError(f"{path} is missing. `make recipe NAME=smollm2-cpu` writes it.") from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if mark and text.splitlines()[mark.line : mark.line + 1] and text.splitlines()[mark.line][:1].isspace():
+            problem = "it is indented; each key, and each - of a list, stands at the beginning of its line"
         raise StageError(
             f"{path}{where} is not valid YAML: {problem}. Fix it; recipes/ holds complete files."
         ) from None

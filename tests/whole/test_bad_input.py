@@ -28,7 +28,7 @@ OLD = "of an earlier run\n"
 # What tells a user where to turn: a path or key to correct, or a command to run.
 HOW_TO_FIX = re.compile(
     r"dvc repro|make all|in params\.yaml|recipe|Fix|Correct|[Ss]et |Put |[Rr]aise|Move|Choose|[Ll]oosen|Delete|Copy"
-    r"|must (be|have|match) |see the table|did you mean |use one of: "
+    r"|must (be|have|match) |see the table|did you mean |use one of: |write file:"
 )
 
 
@@ -289,6 +289,11 @@ VALUES = {
     "base_model: 5": "base_model: 5: must be a valid string",
     "base_model: microsoft/phi-2": "base_model_revision: 'sha256:",
     "dataset: pypi:package/file": "dataset: 'pypi:package/file'",
+    "dataset: data/local/mine.jsonl": "dataset: 'data/local/mine.jsonl': a local path needs file: before it; write file:",
+    "dataset: file://data/local/mine.jsonl": "without //; write file:data/local/mine.jsonl",
+    "dataset: dvc.yaml": "dataset: 'dvc.yaml': a local path needs file: before it; write file:dvc.yaml",
+    "base_model: models/local/mine": "base_model: 'models/local/mine': a local path needs file: before it",
+    "base_model: ~/models/mine": "write file:~/models/mine",
     "dataset_revision: main": "dataset_revision: 'main'",
     "max_turns: 0": "max_turns: 0: must be greater than 0",
     "seed: 1e400": "seed: ",
@@ -389,7 +394,8 @@ def test_a_model_that_cannot_be_used_is_refused_when_it_is_fetched(case, folder,
 
 
 LOCAL = {
-    "no data": ("fetch", {"dataset": "file:data/local/none.jsonl"}, "data/local/none.jsonl does not exist"),
+    "no data": ("fetch", {"dataset": "file:data/local/none.jsonl"}, "data/local/none.jsonl does not exist. Correct"),
+    "a name misspelt": ("fetch", {"dataset": "file:data/local/tree.jsonl"}, "exist. Did you mean trees.jsonl? Correct"),
     "no model": ("fetch_model", {"base_model": "file:models/local/none"}, "models/local/none does not exist"),
     "a file outside": ("fetch", {"dataset": "file:params.yaml"}, "is outside data/local"),
     "a model beside the data": ("fetch_model", {"base_model": "file:data/local/model"}, "is outside models/local"),
