@@ -16,7 +16,16 @@ from stages.common.artifacts import write_json, write_whole
 from stages.common.params import load_params
 from stages.common.records import read_sources
 from stages.common.schema import PrepareParams
-from stages.conversations.filters import ALTERNATING, FILTERS, THREAD_FILTERS, VALID, keep_messages, keep_threads
+from stages.conversations.filters import (
+    ALTERNATING,
+    FILTERS,
+    REPETITIONS,
+    THREAD_FILTERS,
+    VALID,
+    keep_messages,
+    keep_threads,
+)
+from stages.conversations.held_out import hold_out
 from stages.conversations.known import check_known
 from stages.conversations.messages import check_bad_rows, check_unsupported, left_out_notes, read_messages
 from stages.conversations.selection import Selection
@@ -41,7 +50,8 @@ def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd
     selection = keep_messages(settle_splits(selection), ALTERNATING, params)
     selection = selection.with_threads(find_threads(selection.messages, params.threads), "other_thread")
     selection = selection.with_threads(cut_threads(selection.threads, params.max_turns), "beyond_max_turns")
-    selection = keep_threads(selection, THREAD_FILTERS, params)
+    selection = hold_out(keep_threads(selection, THREAD_FILTERS, params), params)
+    selection = keep_threads(selection, REPETITIONS, params)
     splits = threads_by_split(selection, params)
     if params.dataset_weights is not None:
         used = {ids for threads in splits.values() for ids in threads}
@@ -71,3 +81,5 @@ def main() -> None:
         write_json(folder / "params.json", params.model_dump())
     kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
     print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
+    held, trees = (sum(funnel["kept"][name]["trees"] for name in names) for names in (["validation"], funnel["kept"]))
+    print(f"prepare: held out {held} of {trees} trees ({held / trees:.1%})")

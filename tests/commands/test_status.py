@@ -6,7 +6,6 @@ import pytest
 
 from tests.support.project import RECIPE, error_line
 
-
 WRONG = {
     "a misspelt key": ("learning_rate:", "lerning_rate:", "is not a parameter; did you mean learning_rate?"),
     "an indented key": ("learning_rate:", "  learning_rate:", "line LINE is not valid YAML: it is indented; each key"),
