@@ -159,8 +159,9 @@ def report_split(split: str, counts: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    params = load_params(TokenizeParams)
+def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, list[str]]:
+    """The base model's tokenizer with the chosen template and special tokens, both as a Chat, and the tokens that end
+    an answer. Raises StageError when they do not fit each other or the parameters."""
     config = load_config(BASE)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and params.max_length > longest:
@@ -179,6 +180,12 @@ def main() -> None:
         )
     chat = Chat.of(tokenizer, name)
     check_same_ids(chat, rendered_by(tokenizer), "transformers")
+    return tokenizer, chat, ends
+
+
+def main() -> None:
+    params = load_params(TokenizeParams)
+    tokenizer, chat, ends = load_chat(params)
     for note in chat.notes():
         print(f"tokenize: {note}")
 
@@ -188,7 +195,7 @@ def main() -> None:
         folder.mkdir()
         for split in SPLITS:
             conversations = read_parquet(PREPARED / f"{split}.parquet", COLUMNS)
-            frame, counts[split] = tokenize(conversations, tokenizer, params.max_length, name)
+            frame, counts[split] = tokenize(conversations, tokenizer, params.max_length, chat.name)
             if frame.empty:
                 raise StageError(
                     f"no conversation of {split} fits into max_length, {params.max_length} tokens. Raise it."
