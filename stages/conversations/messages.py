@@ -10,7 +10,7 @@ import pandas as pd
 from stages.common.errors import StageError
 from stages.conversations.files import Row, data_files, format_of, name_in, read_rows, split_of
 from stages.conversations.forms import OASST_ROLES, form_of, unknown_form, unread_columns
-from stages.conversations.turns import UNSUPPORTED, RefusedRow
+from stages.conversations.turns import GREETING, SYSTEM_AT_END, UNSUPPORTED, RefusedRow
 
 # The fields without which a row is no message; every other field may be missing.
 REQUIRED = ("message_id", "text", "role")
@@ -18,7 +18,8 @@ IDS = ("message_id", "parent_id", "message_tree_id")
 UNKNOWN = "unknown"  # the language of a row that states none
 MAX_NUMBER = 1e300  # Python's integers may be too large for a float
 MAX_SHOWN = 40  # characters of a value in an error line
-MAX_LISTED = 20  # files or columns in a line
+MAX_LISTED = 20  # columns in a line
+TURNS_LEFT_OUT = {GREETING: "begin with an answer", SYSTEM_AT_END: "end with a system message"}
 
 
 def read_messages(folder: Path, dataset: int = 0, notes: list[str] | None = None) -> pd.DataFrame:
@@ -30,11 +31,16 @@ def read_messages(folder: Path, dataset: int = 0, notes: list[str] | None = None
     """
     files = data_files(folder)
     unread: Counter[str] = Counter()
-    rows = [row for file in files for row in messages_of(file, folder, unread)]
+    stems = Counter(stem_of(file, folder) for file in files)
+    rows = []
+    for file in files:
+        name, stem = name_in(file, folder), stem_of(file, folder)
+        rows += messages_of(file, name, stem if stems[stem] == 1 else name, unread)
     if not rows:
         raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
-    if notes is not None:
-        notes += read_notes(files, folder, unread)
+    if notes is not None and unread:
+        listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in unread.most_common(MAX_LISTED))
+        notes.append(f"columns that are not read: {listed}{', …' * (len(unread) > MAX_LISTED)}")
     table = pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
     if dataset:
         for name in IDS:
@@ -42,25 +48,20 @@ def read_messages(folder: Path, dataset: int = 0, notes: list[str] | None = None
     return table.assign(dataset=dataset)
 
 
-def read_notes(files: list[Path], folder: Path, unread: Counter[str]) -> list[str]:
-    """A line on the split that each file's name states, and one on the columns that no form reads."""
-    notes = []
-    if any(split_of(name_in(file, folder)) for file in files):
-        named = [f"{name_in(file, folder)} ({split_of(name_in(file, folder)) or 'no split'})" for file in files]
-        notes.append(f"splits by file name: {', '.join(named[:MAX_LISTED])}{', …' * (len(named) > MAX_LISTED)}")
-    if unread:
-        listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in unread.most_common(MAX_LISTED))
-        notes.append(f"columns that are not read: {listed}{', …' * (len(unread) > MAX_LISTED)}")
-    return notes
+def stem_of(file: Path, folder: Path) -> str:
+    """A data file's path inside its folder, without its ending."""
+    return name_in(file, folder).removesuffix(format_of(file).ending)
 
 
-def messages_of(file: Path, folder: Path, unread: Counter[str]) -> Iterator[Row]:
-    """The messages of a data file in `folder`; a row that cannot be read is an empty message whose `bad` says why, one
-    that is refused has `left_out` and `why`. The columns that are not read are counted in `unread`, by rows."""
-    form_of_file, name = format_of(file), name_in(file, folder)
-    split, stem = split_of(name), name.removesuffix(form_of_file.ending)
+def messages_of(file: Path, name: str, prefix: str, unread: Counter[str]) -> Iterator[Row]:
+    """The messages of a data file; a row that cannot be read is an empty message whose `bad` says why, one that is
+    refused has `left_out` and `why`. The columns that are not read are counted in `unread`, by rows.
+
+    `name` is the file in error lines; the ids of conversations without one begin with `prefix`.
+    """
+    split, place = split_of(name), format_of(file).place
     for number, row in read_rows(file, name):
-        where, conversation_id = f"{name} {form_of_file.place} {number}", f"{stem}-{number}"
+        where, conversation_id = f"{name} {place} {number}", f"{prefix}-{number}"
         if isinstance(row, str):
             yield {**message_row({}, split=split), "bad": f"{where}: {row}"}
             continue
@@ -84,7 +85,7 @@ def message_row(row: Row, roles: dict[str, str] = OASST_ROLES, split: str | None
     """A row of the table of messages; a missing value is None.
 
     Columns: message_id, parent_id, message_tree_id, tree_state, text, role (user or assistant), lang, rank, deleted,
-    synthetic, review_result, quality (0 to 1), toxicity (0 to 1), system (the conversation's own system message),
+    synthetic, review_result, quality (0 to 1), toxicity (0 to 1), system (the system message that stands before it),
     trained (False: context only), left_out (the reason why a message of a readable row is left out, or None), why
     (where a refused row stands and why it is refused), split (as given: that of the file), bad (where the row stands
     and why it is no message; None if it is one).
@@ -199,11 +200,12 @@ def check_unsupported(messages: pd.DataFrame, unsupported_rows: str) -> None:
 
 
 def left_out_notes(messages: pd.DataFrame) -> list[str]:
-    """A line for each reason for which readable rows or greetings are left out."""
+    """A line for each reason for which rows that can be read, or turns of them, are left out."""
     notes = []
     for reason, found in messages.groupby("left_out", sort=True):
-        if reason == "greeting":
-            notes.append(f"{len(found)} conversations begin with an answer; it is left out (greeting)")
+        if reason in TURNS_LEFT_OUT:
+            rows = found["message_tree_id"].nunique()
+            notes.append(f"{rows} conversations {TURNS_LEFT_OUT[reason]}; it is left out ({reason})")
         else:
             notes.append(f"{len(found)} rows are left out ({reason}). The first: {found['why'].iloc[0]}")
     return notes
