@@ -23,7 +23,7 @@ from stages.common.downloads import is_watched, local_digest
 from stages.common.errors import StageError
 from stages.common.params import read_params, section_of
 from stages.common.schema import Params, PrepareParams, TokenizeParams
-from stages.conversations.messages import ReadCounts, left_out_notes, read_messages
+from stages.conversations.messages import Counts, left_out_notes, read_messages
 from stages.prepare import leak_note, prepare, split_notes
 from stages.tokenize import cut_to_turns, encode, load_chat, take_late_system
 
@@ -132,7 +132,7 @@ def percentiles(lengths: list[int]) -> str:
     return f"median {int(series.median())}, 95 % up to {int(series.quantile(0.95))}, longest {series.max()}"
 
 
-def report_rows(counts: ReadCounts, funnel: dict[str, Any], notes: list[str]) -> None:
+def report_rows(counts: Counts, funnel: dict[str, Any], notes: list[str]) -> None:
     """What the data hold: forms, messages, languages, and what a user should know of them."""
     line("form", ", ".join(f"{name}: {number} rows" for name, number in counts.forms.most_common()))
     read = funnel["read"]
@@ -219,7 +219,7 @@ def report_next(path: Path, conversations: int, params: Params) -> None:
 def main() -> None:
     path, params = given_path(sys.argv[1:]), read_params()
     chosen = section_of(params.model_dump(), PrepareParams).model_copy(update={"dataset_weights": None})
-    counts = ReadCounts()
+    counts = Counts()
     with as_folder(path) as folder:
         messages = read_messages(folder, counts=counts, source=f"file:{path}")
         notes = [*counts.notes(), *left_out_notes(messages), *split_notes(messages, [folder])]

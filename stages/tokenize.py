@@ -100,6 +100,24 @@ def cut_to_turns(encoded: Encoded, trained: Sequence[bool], max_length: int) -> 
     return encoded.ids[:end], mask, len(encoded.spans) - len(kept)
 
 
+def take_late_system(chat: Chat, conversations: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The conversations without those that the template refuses only for a system message after other turns.
+
+    Second, why each of these is left out: its row, its tree and the reason.
+    """
+    takes, reasons = [], []
+    for row in conversations.itertuples():
+        others = [message for i, message in enumerate(row.messages) if not i or message["role"] != "system"]
+        is_late = len(others) < len(row.messages)
+        reason = chat.why_not(list(row.messages)) if is_late else None
+        if reason and chat.why_not(others):  # refused without it, too: an error
+            reason = None
+        takes.append(reason is None)
+        if reason:
+            reasons.append(f"{reason} (conversation {row.Index}, of tree {row.message_tree_id})")
+    return conversations[takes], reasons
+
+
 def encode(chat: Chat, conversations: pd.DataFrame) -> Iterator[tuple[Any, Encoded]]:
     """Each row of a table and its conversation in tokens. Raises StageError that names a row that cannot be aligned."""
     talks = [list(messages) for messages in conversations["messages"]]
@@ -195,7 +213,13 @@ def main() -> None:
         folder.mkdir()
         for split in SPLITS:
             conversations = read_parquet(PREPARED / f"{split}.parquet", COLUMNS)
+            conversations, refused = take_late_system(chat, conversations)
+            if refused:
+                print(f"tokenize: {split}: {len(refused)} conversations are left out (late_system): {refused[0]}")
             frame, counts[split] = tokenize(conversations, tokenizer, params.max_length, chat.name)
+            counts[split]["dropped"]["late_system"] = len(refused)
+            if frame.empty and refused:
+                raise StageError(f"no conversation of {split} is left. {refused[0]}")
             if frame.empty:
                 raise StageError(
                     f"no conversation of {split} fits into max_length, {params.max_length} tokens. Raise it."

@@ -13,9 +13,11 @@ from stages.conversations.duplicates import dissimilar, first_copies, new_questi
 from stages.conversations.messages import UNKNOWN
 from stages.conversations.selection import Selection
 from stages.conversations.threads import answered, reachable, right_roles
+from stages.conversations.turns import GREETING, LATE_SYSTEM, SYSTEM_AT_END, UNSUPPORTED
 
 Filter = tuple[str, Callable[[pd.DataFrame, PrepareParams], pd.Series | None]]
 ThreadFilter = tuple[str, Callable[[Selection, PrepareParams], Sequence[bool] | None]]
+LEAK = "question_is_held_out"
 
 
 def not_left_out(messages: pd.DataFrame, reason: str) -> pd.Series | None:
@@ -26,9 +28,10 @@ def not_left_out(messages: pd.DataFrame, reason: str) -> pd.Series | None:
 
 # Rows that are messages of a tree.
 VALID: tuple[Filter, ...] = (
-    ("unsupported", lambda messages, params: not_left_out(messages, "unsupported")),
-    ("late_system", lambda messages, params: not_left_out(messages, "late_system")),
-    ("greeting", lambda messages, params: not_left_out(messages, "greeting")),
+    (UNSUPPORTED, lambda messages, params: not_left_out(messages, UNSUPPORTED)),
+    (LATE_SYSTEM, lambda messages, params: not_left_out(messages, LATE_SYSTEM)),
+    (GREETING, lambda messages, params: not_left_out(messages, GREETING)),
+    (SYSTEM_AT_END, lambda messages, params: not_left_out(messages, SYSTEM_AT_END)),
     ("bad_row", lambda messages, params: messages["bad"].isna()),
     ("empty", lambda messages, params: messages["text"].str.strip() != ""),
     ("duplicate_id", lambda messages, params: ~messages["message_id"].duplicated()),
@@ -96,9 +99,9 @@ THREAD_FILTERS: tuple[ThreadFilter, ...] = (
 
 # Threads that repeat others, once it is settled which are held out.
 REPETITIONS: tuple[ThreadFilter, ...] = (
+    (LEAK, new_questions),  # first, so that its number is that of the leak, copies included
     ("duplicate_conversation", first_copies),
     ("near_duplicate", dissimilar),
-    ("question_is_held_out", new_questions),
 )
 
 

@@ -134,7 +134,7 @@ def test_a_folder_elsewhere_gets_its_pin(folder, monkeypatch, capsys, tmp_path_f
         (("",), "name a file or folder"),
         (("data/local/none.jsonl",), "data/local/none.jsonl does not exist. Correct DATA"),
         (("dvc.yaml",), "dvc.yaml holds no .jsonl"),
-        (("data/local/bad.jsonl",), "data/local/bad.jsonl: 1 of 2 rows are not messages"),
+        (("data/local/bad.jsonl",), "data/local/bad.jsonl: 1 of 2 rows cannot be used"),
         (("data/local/two.jsonl",), "no conversation is left for validation: of 1 trees, 1 passed all steps"),
     ],
 )
