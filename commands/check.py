@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -49,6 +49,7 @@ class Tokens:
     """What tokenize would make of all conversations."""
 
     lengths: list[int]  # tokens, before anything is cut
+    kept: Counter[str]  # conversations by split
     trained: int  # tokens
     dropped: Counter[str]  # conversations
     answers_cut_off: int
@@ -89,7 +90,8 @@ def in_order(splits: dict[str, pd.DataFrame], messages: pd.DataFrame) -> pd.Data
 def tokens_of(chat: Chat, decode: Any, conversations: pd.DataFrame, max_length: int) -> Tokens:
     """Conversations in tokens, as the tokenize stage counts, drops and cuts them. `decode`: token ids to text."""
     taken, late = take_late_system(chat, conversations)
-    dropped, lengths, trained, cut_off, examples = Counter(late_system=len(late)), [], 0, 0, []
+    dropped, kept, lengths, examples = Counter(late_system=len(late)), Counter[str](), [], []
+    trained = cut_off = 0
     for row, encoded in encode(chat, taken):
         lengths.append(len(encoded.ids))
         cut = cut_to_turns(encoded, row.trained, max_length)
@@ -97,12 +99,13 @@ def tokens_of(chat: Chat, decode: Any, conversations: pd.DataFrame, max_length: 
             dropped["first_answer_beyond_max_length"] += 1
             continue
         ids, mask, lost = cut
+        kept[row.split] += 1
         trained += sum(mask)
         cut_off += lost
         if len(examples) < SHOWN:
             runs = groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1]))
             examples.append(Example([(decode([i for i, _ in run]), mark) for mark, run in runs], len(ids)))
-    return Tokens(lengths, trained, +dropped, cut_off, examples)
+    return Tokens(lengths, kept, trained, +dropped, cut_off, examples)
 
 
 # Printing --------------------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def report_rows(counts: Counts, funnel: dict[str, Any], notes: list[str]) -> Non
     """What the data hold: forms, messages, languages, and what a user should know of them."""
     line("form", ", ".join(f"{name}: {number} rows" for name, number in counts.forms.most_common()))
     read = funnel["read"]
-    line("read", f"{read['messages']} messages in {read['trees']} conversations or trees")
+    line("read", f"{read['messages']} messages in {read['trees']} trees")
     languages = sorted(((v["trees"], k) for k, v in read["by_language"].items()), reverse=True)
     line("languages", ", ".join(f"{name} {number}" for number, name in languages))
     for note in notes:
@@ -155,8 +158,8 @@ def report_dropped(funnel: dict[str, Any], tokens: Tokens | None) -> None:
             line("dropped", f"{conversations} conversations: {reason}")
 
 
-def report_kept(funnel: dict[str, Any]) -> None:
-    train, held = (funnel["kept"][split]["conversations"] for split in ("train", "validation"))
+def report_kept(kept: Mapping[str, int]) -> None:
+    train, held = kept["train"], kept["validation"]
     line("kept", f"{train + held} conversations: {train} to train on, {held} held out ({held / (train + held):.1%})")
 
 
@@ -234,7 +237,8 @@ def main() -> None:
         tokens = tokens_of(chat, tokenizer.decode, conversations, params.max_length)
     report_rows(counts, funnel, notes)
     report_dropped(funnel, tokens)
-    report_kept(funnel)
+    kept = tokens.kept if tokens else {name: counts["conversations"] for name, counts in funnel["kept"].items()}
+    report_kept(kept)
     report_tokens(tokens, conversations, params.max_length)
     report_examples(tokens, conversations)
-    report_next(path, funnel["kept"]["train"]["conversations"], params)
+    report_next(path, kept["train"], params)
