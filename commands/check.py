@@ -24,6 +24,7 @@ from stages.common.errors import StageError
 from stages.common.params import read_params, section_of
 from stages.common.schema import Params, PrepareParams, TokenizeParams
 from stages.conversations.messages import Counts, left_out_notes, read_messages
+from stages.conversations.selection import PARAMETERS
 from stages.prepare import leak_note, prepare, split_notes
 from stages.tokenize import cut_to_turns, encode, load_chat, take_late_system
 
@@ -146,16 +147,21 @@ def report_rows(counts: Counts, funnel: dict[str, Any], notes: list[str]) -> Non
         line("note", note)
 
 
+def governed(reason: str) -> str:
+    """A reason, and the parameter that governs it."""
+    return f"{reason} (parameter {PARAMETERS[reason]})" if reason in PARAMETERS else reason
+
+
 def report_dropped(funnel: dict[str, Any], tokens: Tokens | None) -> None:
     """What prepare and tokenize would drop, by reason, the largest first."""
     reasons = [(step["messages"], step["conversations"], reason) for reason, step in funnel["dropped"].items()]
     for messages, conversations, reason in sorted(reasons, reverse=True):
         if messages or conversations:
             whole = f" ({conversations} conversations)" if conversations else ""
-            line("dropped", f"{messages} messages{whole}: {reason}")
+            line("dropped", f"{messages} messages{whole}: {governed(reason)}")
     if tokens:
         for reason, conversations in tokens.dropped.most_common():
-            line("dropped", f"{conversations} conversations: {reason}")
+            line("dropped", f"{conversations} conversations: {governed(reason)}")
 
 
 def report_kept(kept: Mapping[str, int]) -> None:

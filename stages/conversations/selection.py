@@ -24,6 +24,7 @@ PARAMETERS = {
     "below_min_turns": "min_turns",
     "near_duplicate": "max_similarity",
     "below_weight": "dataset_weights",
+    "first_answer_beyond_max_length": "max_length",
 }
 
 
