@@ -100,7 +100,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(finished, finished_projec
     assert finished_project.run("killed", check=False).returncode == -9
     finished_project.python = warm_python
     resumed = finished_project.run("stages", "train")
-    assert re.search(rf"going on from .*checkpoint-{checkpoint}\n", resumed.stdout)
+    assert re.search(rf"resuming from .*checkpoint-{checkpoint}\n", resumed.stdout)
     assert ("skipping" in resumed.stdout) == ("checkpoint" in place)
     # The same as the unbroken run's in every byte, also of its configuration.
     made = ["models/adapter", *CURVES]
