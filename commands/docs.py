@@ -130,7 +130,7 @@ def declared(text: str) -> str:
 
 
 def annotated(text: str, reference: dict[str, Any]) -> str:
-    """A parameter file with the same values, and its comments made anew."""
+    """A parameter file with the same values, and its comments written again."""
     values = with_defaults(YAML(typ="safe").load(text))
     why = reasons(text)
     lines = [line for line in text.splitlines() if line.startswith("#")]

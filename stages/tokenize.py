@@ -81,7 +81,9 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str, vocab_
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     spans = answer_spans(mask)
     if not spans:
-        raise StageError("chat_template: the template marks no assistant text.")
+        raise StageError(
+            "chat_template: the template marks no assistant text. Put {% generation %} marks around each answer."
+        )
     answer = ids[slice(*spans[-1])]
     ends = [token for token in answer if token in special]
     if not ends:
@@ -195,7 +197,10 @@ def main() -> None:
         )
     tokenizer = load_tokenizer(BASE)
     if not tokenizer.is_fast:
-        raise StageError(f"{BASE} has no fast tokenizer (tokenizer.json), needed to find the assistant's tokens.")
+        raise StageError(
+            f"{BASE} has no fast tokenizer (tokenizer.json), needed to find the assistant's tokens. "
+            "Choose a base_model that has one."
+        )
     set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config.vocab_size)
     if len(tokenizer) > config.vocab_size:
         raise StageError(

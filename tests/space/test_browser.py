@@ -61,7 +61,7 @@ def test_an_answer_streams_with_its_speed(chat):
     assert chat.questions.all_text_contents()[0].strip() == "What is the capital of France?"
     assert re.search(r"128 tokens · \d+\.\d tokens/s.* · cut at max tokens", chat.notes.first.text_content())
     assert chat.box.input_value() == ""
-    # The next turn goes on with the conversation.
+    # The next turn continues the conversation.
     chat.ask("And of Spain?")
     chat.stop.wait_for()
     chat.send.wait_for()
@@ -151,7 +151,7 @@ def test_everything_works_by_keyboard(chat):
     page.keyboard.type("lines")
     page.keyboard.press("Enter")
     chat.stop.wait_for()
-    page.keyboard.type("my next")  # one can go on typing, and Enter asks nothing meanwhile
+    page.keyboard.type("my next")  # typing stays possible, and Enter asks nothing meanwhile
     page.keyboard.press("Enter")
     assert chat.box.input_value().startswith("my next")
     for _ in range(3):
