@@ -184,8 +184,9 @@ def test_the_card_is_on_the_page(chat):
         assert fact in about.text_content(), fact
 
 
-def test_everything_works_by_keyboard(held_chat):
+def test_everything_works_by_keyboard(held_chat, held):
     chat, page = held_chat, held_chat.page
+    held["tuned"].allow(20)
     page.reload()
     wait_until(lambda: page.evaluate("document.activeElement.tagName") == "TEXTAREA")  # one can type at once
     page.keyboard.type("two")
