@@ -62,7 +62,7 @@ def everything(folder: Path) -> str:
 def check_a_full_disk(project: Project, stage: str, folder: Path, disk: SmallDisk, rooms: tuple[int, ...]) -> None:
     """Run a stage of the project in `folder` with so much room: it fails in one line, and all is as before."""
     before = everything(folder)
-    # What is kept is told from what is made anew by a mark; its own outputs no stage reads.
+    # A mark shows which files are kept and which are made again. No stage reads its own outputs.
     old = [path for name in outputs_of(stage) for path in sorted((folder / name).rglob("*")) or [folder / name]]
     for path in (path for path in old if path.is_file()):
         path.write_bytes(path.read_bytes() + b"\nof an earlier run\n")
