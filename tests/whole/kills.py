@@ -117,7 +117,7 @@ def run_with_kills(
 
     Kills take turns over the stages; each comes at a moment that is drawn from `seed`. Without a record of an unbroken
     run one is made first. Returns in which stage the kills fell, how often the pipeline was compared, and how often it
-    needed what `make all` runs to continue. Raises AssertionError when a run after a kill fails, or when its outputs are
+    needed what `make all` runs. Raises AssertionError when a run after a kill fails, or when its outputs are
     others.
     """
     if unbroken is None:
