@@ -14,6 +14,10 @@ from tests.support.project import Project
 # In this order, in a copy of the finished project.
 QUICK = """
 make help
+dvc repro
+make status
+dvc exp show
+dvc params diff
 make docs
 make recipe NAME=phi2-oasst1
 make recipe NAME=smollm2-cpu
@@ -24,20 +28,16 @@ dvc metrics diff
 """
 # In this order, each with what the ones before it left. The experiment `slower` is that of a text block.
 MINUTES = """
-dvc repro
 dvc repro fetch
 dvc repro tokenize
 dvc repro train
-make status
 make plan
 python -m commands plan
 python -m stages train
 git checkout params.yaml dvc.lock reports
 dvc checkout
 dvc exp run --name slower -S learning_rate=1e-4
-dvc exp show
 dvc exp show --only-changed
-dvc params diff
 dvc plots show
 dvc plots diff
 dvc exp apply slower
