@@ -69,12 +69,12 @@ def test_modules_and_their_options_are_there(command):
 
 
 @pytest.mark.slow
-def test_every_pytest_command_selects_a_test():
+def test_every_pytest_command_selects_a_test(warm_python):
     """All of them in one collection: collecting takes longer than anything else here."""
     options = [" ".join(shlex.quote(word) for word in command.words[1:]) for command in of("pytest")]
     options += [path for page in PAGES for path in re.findall(r"`(tests/[\w/]+\.py)`", prose(page)) if "test_" in path]
     options = [option for option in options if option not in EXAMPLES]
-    for option, count in select([Selection.of(option) for option in options]).items():
+    for option, count in select([Selection.of(option) for option in options], warm_python).items():
         assert count, f"pytest {option} selects no test"
 
 
