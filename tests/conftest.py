@@ -1,6 +1,7 @@
 """The fixtures that tests share. No test needs a network or a downloaded model."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,9 +89,10 @@ def warm_python(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, tiny_llama) -> Project:
+def finished(tmp_path_factory, tiny_llama, warm_python) -> Project:
     """A tiny project after one run, committed. No test may change it."""
     project = make_tiny(Project.new(tmp_path_factory.mktemp("finished") / "a project"), tiny_llama)
+    project.python = warm_python
     _, project.seconds = timed_repro(project)
     project.commit("reproduced")
     return project
@@ -103,7 +105,7 @@ def finished_project(finished, tmp_path) -> Project:
 
 
 @pytest.fixture
-def warm_project(finished_project, warm_python) -> Project:
-    """The same for a test of what stages make: they run in forks of a warm process."""
-    finished_project.python = warm_python
+def cold_project(finished_project) -> Project:
+    """The same, for a test of the processes themselves: each is a real start."""
+    finished_project.python = Path(sys.executable)
     return finished_project

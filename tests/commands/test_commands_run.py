@@ -111,18 +111,18 @@ def test_each_command_runs_here_or_has_its_reason():
 
 
 @pytest.mark.slow
-def test_the_quick_commands_run(warm_project):
-    warm_project.make_environment()
+def test_the_quick_commands_run(finished_project):
+    finished_project.make_environment()
     for line in lines(QUICK):
-        run(warm_project, line)
-    assert (warm_project.folder / "build/space/app.py").is_file()
-    assert (warm_project.folder / "docs/parameters.md").is_file()
+        run(finished_project, line)
+    assert (finished_project.folder / "build/space/app.py").is_file()
+    assert (finished_project.folder / "docs/parameters.md").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_the_commands_that_take_minutes_run(warm_project):
-    warm_project.make_environment()
+def test_the_commands_that_take_minutes_run(finished_project):
+    finished_project.make_environment()
     for line in lines(MINUTES):
-        run(warm_project, line)
+        run(finished_project, line)

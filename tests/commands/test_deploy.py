@@ -138,8 +138,8 @@ def chats(address: str) -> str:
 
 
 @pytest.mark.slow
-def test_deploy(finished_project, hub, tmp_path):
-    project = finished_project
+def test_deploy(cold_project, hub, tmp_path):
+    project = cold_project
 
     def deploy(*arguments: str, check: bool = True, **environment: str):
         settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}

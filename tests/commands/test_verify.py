@@ -126,12 +126,12 @@ def test_a_folder_without_git_or_without_a_commit_is_one_line(tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_two_runs_from_nothing_give_the_same_bits(finished_project):
-    before = (finished_project.folder / "dvc.lock").read_bytes()
-    said = finished_project.run("commands", "verify").stdout
+def test_two_runs_from_nothing_give_the_same_bits(cold_project):
+    before = (cold_project.folder / "dvc.lock").read_bytes()
+    said = cold_project.run("commands", "verify").stdout
     assert "two runs from nothing gave the same" in said and "outputs, bit for bit" in said
     assert "The run in dvc.lock has the same bits, too" in said
-    assert (finished_project.folder / "dvc.lock").read_bytes() == before
+    assert (cold_project.folder / "dvc.lock").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@ Imports take a stage 10 to 15 s of a processor, a tiny model's work less than on
 `python` on a project's PATH: it hands `python -m` with one of MODULES to the warm process, and runs anything else as
 it is. The project's own code is imported again each time, from the project's folder.
 
-The libraries have read their environment before. So a variable of READ_AT_IMPORT with another value, and all that a
-test asks of a process itself (signals, kills, its command line), need a real start.
+A fork ends with the `python` that asked for it, so a test may kill that one. The libraries have read their environment
+before. So a variable of READ_AT_IMPORT with another value, and what a test asks of a process itself (signals, its
+command line), need a real start.
 Run: `python -m tests.support.warm SOCKET CLIENT`
 """
 
@@ -17,10 +18,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from stages.common.entry import set_environment
 from tests.support.project import ROOT
@@ -42,8 +46,7 @@ if given[:1] != ["-m"] or given[1] not in modules or [environment.get(name) for 
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(address)
     socket.send_fds(server, [b"."], [0, 1, 2])
-    server.sendall(json.dumps([os.getcwd(), environment, given]).encode())
-    server.shutdown(socket.SHUT_WR)
+    server.sendall(json.dumps([os.getcwd(), environment, given]).encode() + b"\n")
     status = server.recv(16)  # nothing where the stage was killed
 sys.exit(int(status or b"137"))
 """
@@ -98,16 +101,29 @@ def run_module(arguments: list[str]) -> int:
     return 0
 
 
+def end_with(client: socket.socket) -> None:
+    """End this process, and what it started, when the `python` that asked for it was killed."""
+    if not client.recv(1):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+        os._exit(1)
+
+
 def answer(client: socket.socket, python: str) -> None:
     """Run what a client asks for, with its folder, environment, input and outputs, and return its exit status."""
     _, files, _, _ = socket.recv_fds(client, 1, 3)
     request = b""
-    while part := client.recv(MAX_REQUEST):
+    while not request.endswith(b"\n"):
+        part = client.recv(MAX_REQUEST)
+        if not part:
+            return
         request += part
     folder, environment, arguments = json.loads(request)
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    threading.Thread(target=end_with, args=(client,), daemon=True).start()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -17,10 +17,9 @@ METRICS = ("reports/metrics.json", "reports/export.json")
 
 
 @pytest.fixture(scope="module")
-def experiment(finished, warm_python, tmp_path_factory) -> Project:
+def experiment(finished, tmp_path_factory) -> Project:
     """The finished project after an experiment with another learning rate. No test may change it."""
     project = finished.copy(tmp_path_factory.mktemp("experiment") / "a project")
-    project.python = warm_python
     said = project.run("dvc", "exp", "run", "-S", "learning_rate=1e-5").stdout
     assert stages_run(said) == ["train", "merge", "evaluate", "export"]
     return project
@@ -112,20 +111,20 @@ def test_a_wrong_value_is_one_line_and_the_way_back_computes_nothing(after_exper
         ({"chat_template": "nope"}, "error: params.yaml: chat_template: 'nope': stages/templates/nope.jinja does not"),
     ],
 )
-def test_a_wrong_value_of_a_later_stage_is_refused_first(changes, said, warm_project):
+def test_a_wrong_value_of_a_later_stage_is_refused_first(changes, said, finished_project):
     """By what `make all` runs, before DVC removes an output; by `dvc repro` in the first stage that runs."""
-    folder = warm_project.folder
+    folder = finished_project.folder
     write_jsonl(folder / "data/local/trees.jsonl", small_trees(41))
-    warm_project.set(**changes)
+    finished_project.set(**changes)
     before = digest_files([folder / name for name in ("data", "models", "reports", "dvc.lock")])
-    assert error_line(warm_project.run("commands", "repro", check=False)).startswith(said)
+    assert error_line(finished_project.run("commands", "repro", check=False)).startswith(said)
     assert digest_files([folder / name for name in ("data", "models", "reports", "dvc.lock")]) == before
-    refused = warm_project.run("dvc", "repro", check=False)
+    refused = finished_project.run("dvc", "repro", check=False)
     assert error_line(refused).startswith(said) and stages_run(refused.stdout) == ["fetch"]
 
 
-def test_a_temporary_experiment_finds_everything_and_leaves_the_project_alone(warm_project):
-    before = digest_files([warm_project.folder / "models"])
-    result = warm_project.run("dvc", "exp", "run", "--temp", "--name", "aside", "-S", "max_steps=3", "train")
+def test_a_temporary_experiment_finds_everything_and_leaves_the_project_alone(finished_project):
+    before = digest_files([finished_project.folder / "models"])
+    result = finished_project.run("dvc", "exp", "run", "--temp", "--name", "aside", "-S", "max_steps=3", "train")
     assert stages_run(result.stdout) == ["train"]
-    assert digest_files([warm_project.folder / "models"]) == before
+    assert digest_files([finished_project.folder / "models"]) == before

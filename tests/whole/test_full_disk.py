@@ -90,34 +90,34 @@ def check_a_full_disk(project: Project, stage: str, folder: Path, disk: SmallDis
         pytest.param(STAGES, marks=pytest.mark.long, id="all"),
     ],
 )
-def test_a_full_disk_is_one_line_and_loses_nothing(stages, finished_project, small_disk):
+def test_a_full_disk_is_one_line_and_loses_nothing(stages, cold_project, small_disk):
     folder = small_disk.path / "project"
     left_out = shutil.ignore_patterns(".git", ".home", "cache", "__pycache__")
-    shutil.copytree(finished_project.folder, folder, ignore=left_out)
+    shutil.copytree(cold_project.folder, folder, ignore=left_out)
     for stage in stages:
         rooms = (0,) if stage == "prepare" else (8 << 10,) if len(stages) < len(STAGES) else (0, 8 << 10)
-        check_a_full_disk(finished_project, stage, folder, small_disk, rooms)
+        check_a_full_disk(cold_project, stage, folder, small_disk, rooms)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_what_a_full_disk_stopped_under_dvc_is_restored(finished_project, small_disk):
+def test_what_a_full_disk_stopped_under_dvc_is_restored(cold_project, small_disk):
     """DVC removes a stage's outputs before it runs it; they come back, from its cache."""
     folder = small_disk.path / "project"
-    shutil.copytree(finished_project.folder, folder, ignore=shutil.ignore_patterns(".home", "__pycache__"))
+    shutil.copytree(cold_project.folder, folder, ignore=shutil.ignore_patterns(".home", "__pycache__"))
     before, lock = everything(folder), (folder / "dvc.lock").read_bytes()
     for stage in STAGES:
         for name in outputs_of(stage):  # as DVC is about to, which would make room just for the same again
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         small_disk.fill(8 << 10)
-        failed = small_disk.run(finished_project, "dvc", "repro", "--force", "--single-item", stage)
+        failed = small_disk.run(cold_project, "dvc", "repro", "--force", "--single-item", stage)
         small_disk.empty()
         said = failed.stdout + failed.stderr
         assert failed.returncode != 0 and re.search("No space left|the disk is full", said), (stage, said[-3000:])
         assert "Traceback" not in said, (stage, said[-3000:])
         assert (folder / "dvc.lock").read_bytes() == lock, stage
-        restored = small_disk.run(finished_project, "commands", "repro", stage)
+        restored = small_disk.run(cold_project, "commands", "repro", stage)
         assert restored.returncode == 0, (stage, restored.stderr[-3000:])
         assert everything(folder) == before, stage
 

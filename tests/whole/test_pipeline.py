@@ -68,7 +68,7 @@ PLACES = {
 
 # The other places are long: the same resume, from the same or a later step.
 @pytest.mark.parametrize("place", [pytest.param(p, marks=[] if "half" in p else pytest.mark.long) for p in PLACES])
-def test_a_killed_training_goes_on_from_its_checkpoint(finished, finished_project, warm_python, place):
+def test_a_killed_training_goes_on_from_its_checkpoint(finished, finished_project, place):
     folder = finished_project.folder
     finished_project.remove("models/adapter", "reports/loss")
     owner, function, step, checkpoint = PLACES[place]
@@ -91,7 +91,6 @@ def test_a_killed_training_goes_on_from_its_checkpoint(finished, finished_projec
         "runpy.run_module('stages', run_name='__main__')\n"
     )
     assert finished_project.run("killed", check=False).returncode == -9
-    finished_project.python = warm_python
     resumed = finished_project.run("stages", "train")
     assert re.search(rf"resuming from .*checkpoint-{checkpoint}\n", resumed.stdout)
     assert ("skipping" in resumed.stdout) == ("checkpoint" in place)
@@ -101,14 +100,14 @@ def test_a_killed_training_goes_on_from_its_checkpoint(finished, finished_projec
     assert not (folder / "models/checkpoints").exists()
 
 
-def test_an_edited_output_and_a_lost_cache_are_made_anew(warm_project):
-    folder = warm_project.folder
+def test_an_edited_output_and_a_lost_cache_are_made_anew(finished_project):
+    folder = finished_project.folder
     complete = digest_files([folder / "data/prepared"])
     with (folder / "data/prepared/train.parquet").open("ab") as file:
         file.write(b"x")
-    assert "data/prepared" in warm_project.run("dvc", "status").stdout
-    assert stages_run(warm_project.run("dvc", "repro", "prepare").stdout) == []  # its cache of runs has it
+    assert "data/prepared" in finished_project.run("dvc", "status").stdout
+    assert stages_run(finished_project.run("dvc", "repro", "prepare").stdout) == []  # its cache of runs has it
     assert digest_files([folder / "data/prepared"]) == complete
-    warm_project.remove("data/prepared", ".dvc/cache")
-    assert stages_run(warm_project.run("dvc", "repro", "prepare").stdout)[-1] == "prepare"
+    finished_project.remove("data/prepared", ".dvc/cache")
+    assert stages_run(finished_project.run("dvc", "repro", "prepare").stdout)[-1] == "prepare"
     assert digest_files([folder / "data/prepared"]) == complete
