@@ -12,6 +12,7 @@ Run: `python -m tests.support.warm SOCKET CLIENT`
 
 import importlib
 import json
+import logging
 import os
 import runpy
 import signal
@@ -46,7 +47,7 @@ if given[:1] != ["-m"] or given[1] not in modules or [environment.get(name) for 
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(address)
     socket.send_fds(server, [b"."], [0, 1, 2])
-    server.sendall(json.dumps([os.getcwd(), environment, given]).encode() + b"\n")
+    server.sendall(json.dumps([os.getcwd(), environment, given]).encode() + b"\\n")
     status = server.recv(16)  # nothing where the stage was killed
 sys.exit(int(status or b"137"))
 """
@@ -80,6 +81,7 @@ def import_libraries() -> None:
     """Import all that the stages import, and forget the stages themselves."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    logging.getLogger().handlers.clear()  # the builder adds one, which would print what DVC logs a second time
     for name in [name for name in sys.modules if name.split(".")[0] in (*PACKAGES, "tests")]:
         del sys.modules[name]
 
