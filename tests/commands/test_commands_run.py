@@ -11,13 +11,10 @@ import pytest
 from tests.support.pages import COMMANDS
 from tests.support.project import Project
 
+MAX_SECONDS = 300  # of a command: one that waits for ever is named
 # In this order, in a copy of the finished project.
 QUICK = """
 make help
-dvc repro
-make status
-dvc exp show
-dvc params diff
 make docs
 make recipe NAME=phi2-oasst1
 make recipe NAME=smollm2-cpu
@@ -28,6 +25,10 @@ dvc metrics diff
 """
 # In this order, each with what the ones before it left. The experiment `slower` is that of a text block.
 MINUTES = """
+dvc repro
+make status
+dvc exp show
+dvc params diff
 dvc repro fetch
 dvc repro tokenize
 dvc repro train
@@ -94,6 +95,7 @@ def run(project: Project, line: str) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=MAX_SECONDS,
     )
     assert result.returncode == 0, f"{line}:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert "Traceback" not in result.stdout + result.stderr, line
