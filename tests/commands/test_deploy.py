@@ -143,12 +143,24 @@ def chats(address: str) -> str:
     return "".join(piece.choices[0].delta.content or "" for piece in pieces)
 
 
+@pytest.fixture
+def hurried(tmp_path):
+    """For PYTHONPATH: a connection that failed is tried again at once."""
+    folder = tmp_path / "hurried"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(seconds / 50)\n"
+    )
+    return str(folder)
+
+
 @pytest.mark.slow
-def test_deploy(cold_project, hub, tmp_path):
+def test_deploy(cold_project, hub, hurried, tmp_path):
     project = cold_project
 
     def deploy(*arguments: str, check: bool = True, **environment: str):
         settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        settings["PYTHONPATH"] = hurried
         return project.run("commands", "deploy", *arguments, check=check, **{**settings, **environment})
 
     def refused(*arguments: str, **environment: str) -> str:

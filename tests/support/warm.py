@@ -7,7 +7,7 @@ it is. The project's own code is imported again each time, from the project's fo
 A fork ends with the `python` that asked for it, so a test may kill that one. The libraries have read their environment
 before. So a variable of READ_AT_IMPORT with another value, and what a test asks of a process itself (signals, its
 command line), need a real start.
-Run: `python -m tests.support.warm SOCKET CLIENT`
+Run: `python -m tests.support.warm SOCKET CLIENT SLEEPS`
 """
 
 import importlib
@@ -54,9 +54,12 @@ sys.exit(int(status or b"137"))
 
 
 class WarmPython:
-    """A warm process, started with `environment`; `folder` is where its files lie."""
+    """A warm process, started with `environment`; `folder` is where its files lie.
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    `sleeps`: how much of a `time.sleep` its forks take, so that tests need not wait between attempts.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str], sleeps: float = 1.0) -> None:
         self.python = folder / "bin/python"
         self.python.parent.mkdir(parents=True)
         address = folder / "socket"
@@ -66,7 +69,7 @@ class WarmPython:
         )
         self.python.write_text(client, encoding="utf-8")
         self.python.chmod(0o755)
-        command = [sys.executable, "-m", "tests.support.warm", str(address), str(self.python)]
+        command = [sys.executable, "-m", "tests.support.warm", str(address), str(self.python), str(sleeps)]
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE)
         while not address.exists():
             assert self._process.poll() is None, "the warm process did not start"
@@ -84,6 +87,11 @@ def import_libraries() -> None:
     logging.getLogger().handlers.clear()  # the builder adds one, which would print what DVC logs a second time
     for name in [name for name in sys.modules if name.split(".")[0] in (*PACKAGES, "tests")]:
         del sys.modules[name]
+
+
+def shorten_sleeps(share: float) -> None:
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(seconds * share)
 
 
 def run_module(arguments: list[str]) -> int:
@@ -141,6 +149,7 @@ def answer(client: socket.socket, python: str) -> None:
 def main() -> None:
     set_environment(network=True)  # as at the start of each stage; `environment` says whether it is offline
     import_libraries()
+    shorten_sleeps(float(sys.argv[3]))
     parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the forks
     address = Path(sys.argv[1])

@@ -78,7 +78,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def warm_for_the_hub(tmp_path_factory, server, home) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("warm")
-    warm = WarmPython(folder, {**Project(folder).environment(), **settings(server, home)})
+    warm = WarmPython(folder, {**Project(folder).environment(), **settings(server, home)}, sleeps=0.02)
     yield warm.python
     warm.stop()
 
