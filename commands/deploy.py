@@ -37,7 +37,7 @@ UNPUBLISHED = "0" * 40  # the commit in a dry run's Space
 
 
 def build_model(repository: str) -> Path:
-    """Make build/model/ anew and return it: the merged model, its ONNX form, the adapter, what was measured, a card."""
+    """Make and return build/model/: the merged model, its ONNX form, the adapter, what was measured, a card."""
     for folder in (MERGED, ADAPTER, ONNX / "tuned"):
         if not folder.is_dir():
             raise StageError(f"{folder} is missing. Run `make all` to make it.")

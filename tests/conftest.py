@@ -20,7 +20,7 @@ from tests.support.warm import WarmPython  # noqa: E402
 
 # Tests that share one of these expensive fixtures run in one worker of pytest-xdist: each is made once.
 GROUPS = {
-    "pipeline": {"finished"},
+    "pipeline": {"finished", "warm_python"},
     "hub": {"hub"},
     "states": {"made"},
     "chat": {"tiny_models", "exported_llama", "exported_phi"},
@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixtures & set(getattr(item, "fixturenames", ())):
                 item.add_marker(pytest.mark.xdist_group(group))
                 break
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups work by names that pytest-xdist gives. A pytest that it does not know keeps no group together."""
+    for item in session.items if hasattr(session.config, "workerinput") else ():
+        group = item.get_closest_marker("xdist_group")
+        assert group is None or item.nodeid.endswith(f"@{group.args[0]}"), f"{item.nodeid} is in no group"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -1,5 +1,6 @@
 """Exporting: the exported model is the merged one, Phi or Llama; parameters count; a bound that is passed fails."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +23,14 @@ from tests.support.params import export_params
 PROMPT = list(range(20, 45))
 
 
+@pytest.fixture
+def warm_builder(warm_python, monkeypatch):
+    """The builder runs in a fork of a warm process."""
+    monkeypatch.setattr(sys, "executable", str(warm_python))
+
+
 @pytest.fixture(params=["llama", "phi"])
-def source(request, tmp_path):
+def source(request, tmp_path, warm_builder):
     """A tiny model with biases that are not zero, so that one that is lost shows."""
     folder = tmp_path / "model"
     origin = request.getfixturevalue(f"tiny_{request.param}")
@@ -70,7 +77,7 @@ def test_the_same_bytes_twice_and_other_bytes_by_other_parameters(source, tmp_pa
 
 
 @pytest.mark.slow
-def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path):
+def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path, warm_builder):
     build(tiny_llama, tmp_path / "onnx", export_params(export_precision="fp32"))
     exported, model = Exported(tmp_path / "onnx"), load_model(tiny_llama, torch.float32)
     random = np.random.default_rng(0)
@@ -89,7 +96,7 @@ def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path
 
 
 @pytest.mark.slow
-def test_a_layer_that_the_model_has_not_is_one_line(tiny_phi, tmp_path):
+def test_a_layer_that_the_model_has_not_is_one_line(tiny_phi, tmp_path, warm_builder):
     with pytest.raises(StageError, match="could not be exported as int4.*gate_proj") as error:
         build(tiny_phi, tmp_path / "onnx", export_params(export_int8_layers=["gate_proj"]))
     assert len(str(error.value).splitlines()) == 1

@@ -1,12 +1,12 @@
 """A Python that has the stages' libraries imported already: it runs each stage in a fork of itself.
 
 Imports take a stage 10 to 15 s of a processor, a tiny model's work less than one. `WarmPython.python` stands for
-`python` on a project's PATH: it hands `python -m stages …` and `python -m commands …` to the warm process, and runs
-anything else as it is. The stage's own code is imported anew each time, from the project's folder.
+`python` on a project's PATH: it hands `python -m` with one of MODULES to the warm process, and runs anything else as
+it is. The project's own code is imported again each time, from the project's folder.
 
 The libraries have read their environment before. So a variable of READ_AT_IMPORT with another value, and all that a
 test asks of a process itself (signals, kills, its command line), need a real start.
-Run: `python -m tests.support.warm SOCKET`
+Run: `python -m tests.support.warm SOCKET CLIENT`
 """
 
 import importlib
@@ -26,15 +26,18 @@ from stages.common.entry import set_environment
 from tests.support.project import ROOT
 
 READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
-PACKAGES = ("stages", "commands")
+PACKAGES = ("stages", "commands")  # the project's own
+BUILDER = "onnxruntime_genai.models.builder"
+MODULES = (*PACKAGES, "dvc", BUILDER, "tests.support.selection")
 LIBRARIES = ("stages.fetch", "stages.train", "stages.merge", "stages.evaluate", "stages.export", "commands.plan")
+LIBRARIES += (BUILDER, "dvc.cli", "dvc.repo", "dvc.commands.repro")
 MAX_REQUEST = 1 << 16
 
 CLIENT = """#!{real} -IS
 import json, os, socket, sys
-packages, variables, address = {packages!r}, {variables!r}, {address!r}
+modules, variables, address = {modules!r}, {variables!r}, {address!r}
 given, environment = sys.argv[1:], dict(os.environ)
-if given[:1] != ["-m"] or given[1] not in packages or [environment.get(name) for name in {names!r}] != variables:
+if given[:1] != ["-m"] or given[1] not in modules or [environment.get(name) for name in {names!r}] != variables:
     os.execv({real!r}, [{real!r}, *given])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(address)
@@ -55,11 +58,11 @@ class WarmPython:
         address = folder / "socket"
         variables = [environment.get(name) for name in READ_AT_IMPORT]
         client = CLIENT.format(
-            real=sys.executable, packages=PACKAGES, names=READ_AT_IMPORT, variables=variables, address=str(address)
+            real=sys.executable, modules=MODULES, names=READ_AT_IMPORT, variables=variables, address=str(address)
         )
         self.python.write_text(client, encoding="utf-8")
         self.python.chmod(0o755)
-        command = [sys.executable, "-m", "tests.support.warm", str(address)]
+        command = [sys.executable, "-m", "tests.support.warm", str(address), str(self.python)]
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE)
         while not address.exists():
             assert self._process.poll() is None, "the warm process did not start"
@@ -95,7 +98,7 @@ def run_module(arguments: list[str]) -> int:
     return 0
 
 
-def answer(client: socket.socket) -> None:
+def answer(client: socket.socket, python: str) -> None:
     """Run what a client asks for, with its folder, environment, input and outputs, and return its exit status."""
     _, files, _, _ = socket.recv_fds(client, 1, 3)
     request = b""
@@ -108,6 +111,8 @@ def answer(client: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if arguments[1] in PACKAGES:
+        sys.executable = python  # the processes that it starts are forks, too
     status = run_module(arguments)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
@@ -133,7 +138,7 @@ def main() -> None:
                 if os.fork() == 0:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     server.close()
-                    answer(client)
+                    answer(client, sys.argv[2])
                     os._exit(0)
                 client.close()
 
