@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from stages.common.artifacts import read_parquet, write_json, write_text, write_whole
+from stages.common.chat import Chat, end_ids
 from stages.common.generation import greedy_answers
 from stages.common.masks import question_of
 from stages.common.model_files import load_tokenizer
@@ -114,31 +115,28 @@ def headline(evaluation: dict[str, Any]) -> dict[str, float]:
 def prompts_of(params: EvaluateParams, rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The token ids of the sample prompts, and then of the first `stop_prompts` held-out questions."""
     system = [{"role": "system", "content": params.system_prompt}] if params.system_prompt else []
-    samples = [
-        tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for prompt in params.sample_prompts
-    ]
+    chat = Chat.of(tokenizer)
+    samples = [chat.ids([*system, {"role": "user", "content": prompt}]) for prompt in params.sample_prompts]
     return samples + [question_of(row) for row in rows.head(params.stop_prompts).itertuples()]
 
 
-def ended(answer: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether an answer (token ids) ended by itself."""
-    return answer[-1:] == [tokenizer.eos_token_id]
+def ended(answer: list[int], ends: list[int]) -> bool:
+    """Whether an answer (token ids) ended by itself, at one of the end tokens."""
+    return bool(answer) and answer[-1] in ends
 
 
 def sample_records(
     prompts: list[str], answers: dict[str, list[list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """Each sample prompt with each model's answer: its text, and whether it ended by itself."""
+    ends = end_ids(tokenizer)
     return [
         {
             "prompt": prompt,
             **{
                 name: {
                     "text": tokenizer.decode(ids[i], skip_special_tokens=True).strip(),
-                    "ended": ended(ids[i], tokenizer),
+                    "ended": ended(ids[i], ends),
                 }
                 for name, ids in answers.items()
             },
@@ -188,7 +186,8 @@ def main() -> None:
         del model
 
     evaluation = compare(scores, rows["lang"], params.bootstrap_samples, params.seed)
-    rates = {n: round(sum(ended(ids, tokenizer) for ids in a) / len(prompts), 4) for n, a in answers.items()}
+    ends = end_ids(tokenizer)
+    rates = {n: round(sum(ended(ids, ends) for ids in a) / len(prompts), 4) for n, a in answers.items()}
     evaluation["stop_rate"] = {"prompts": len(prompts), "max_new_tokens": params.max_new_tokens, **rates}
     samples = sample_records(params.sample_prompts, answers, tokenizer)
     with write_whole(CONVERSATIONS) as table, write_whole(EVALUATION) as figures, write_whole(METRICS) as metrics:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.common import memory
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
+from stages.common.chat import Chat, check_same_ids, end_ids, rendered_by
 from stages.common.errors import StageError, is_disk_full
 from stages.common.exported import Exported
 from stages.common.generation import greedy_answers
@@ -119,15 +120,21 @@ def build(source: Path, folder: Path, params: ExportParams) -> None:
 
 
 def set_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, merged: Path) -> None:
-    """Give an exported model the tokenizer, template and special tokens of training, not those of its source."""
+    """Give an exported model the tokenizer, template and special tokens of training, not those of its source.
+
+    Raises StageError where the folder's files, read as the chat app reads them, give other tokens than training saw.
+    """
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if not (merged / name).is_file():
             raise StageError(f"{merged / name} is missing. Delete {merged} and run `dvc repro`.")
         shutil.copyfile(merged / name, folder / name)
     config = read_json(folder / "genai_config.json")
-    for key in ("bos", "eos", "pad"):
+    for key in ("bos", "pad"):
         config["model"][f"{key}_token_id"] = getattr(tokenizer, f"{key}_token_id")
+    ends = end_ids(tokenizer)
+    config["model"]["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "genai_config.json", config)
+    check_same_ids(Chat.of_folder(folder), rendered_by(tokenizer), "the merged model's tokenizer")
 
 
 def check_loss(increase: float, highest: float) -> None:

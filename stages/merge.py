@@ -5,7 +5,6 @@ Writes models/merged/ (safetensors, tokenizer, chat template, generation config,
 earlier stages recorded). Run: `dvc repro merge`
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from stages.common import memory
 from stages.common.adapters import attach, lora_config
 from stages.common.artifacts import read_json, write_text, write_whole
 from stages.common.cards import model_card
+from stages.common.chat import Chat, check_same_ids, end_ids, plain_template, rendered_by
 from stages.common.errors import StageError, first_line
 from stages.common.machine import Machine, this_machine
 from stages.common.model_files import load_config, load_tokenizer
@@ -54,11 +54,10 @@ def copy_dequantized(source: PreTrainedModel, target: PreTrainedModel) -> None:
 
 def probe_logits(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     """Logits (tokens, vocabulary) of the model on each probe prompt, in float32 on the CPU."""
+    chat = Chat.of(tokenizer)
     result = []
     for prompt in PROBES:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        ids = torch.tensor([chat.ids([{"role": "user", "content": prompt}])])
         with torch.no_grad():
             result.append(model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu())
     return result
@@ -121,20 +120,30 @@ def merge_attention(trained: TrainParams) -> str:
     return "eager" if trained.attn_implementation == "eager" else "sdpa"
 
 
-def plain_template(template: str) -> str:
-    """A chat template without its {% generation %} marks, which only training needs."""
-    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-
-
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model the special tokens of training, for its configuration and for generation."""
+    """Give the model the special tokens of training, for its configuration and for generation.
+
+    Generation stops at every token that ends an answer in the chat template.
+    """
+    ends = end_ids(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=model.config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer with a template without marks, which gives the tokens that training saw.
+
+    Raises StageError where the files, read by transformers, give others.
+    """
+    chat = Chat.of(tokenizer)
+    tokenizer.chat_template = plain_template(tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+    check_same_ids(chat, rendered_by(load_tokenizer(folder)), "the merged model's tokenizer")
 
 
 def check_difference(difference: float, highest: float) -> None:
@@ -173,8 +182,7 @@ def main() -> None:
         saved = load_model(folder, torch.float32, attn_implementation=merge_attention(trained), use_gpu=use_gpu)
         difference = mean_difference(probe_logits(saved, tokenizer), expected)
         check_difference(difference, params.merge_max_logit_diff)
-        tokenizer.chat_template = plain_template(tokenizer.chat_template)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         card = model_card(training, read_source(BASE / "source.json"), read_sources(RAW_SOURCE), params.model_dump())
         write_text(folder / "README.md", card)
     print(f"merge: mean |difference of logits| to the unmerged model {difference:.5f} -> {MERGED}/")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
+from stages.common.chat import end_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,12 +18,16 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[list[int]]:
-    """The token ids of the greedy answer to each prompt, with its end token where it ends within `max_new_tokens`."""
+    """The token ids of the greedy answer to each prompt, with its end token where it ends within `max_new_tokens`.
+
+    Any token that ends an answer in the chat template ends it.
+    """
+    ends = end_ids(tokenizer)
     # All models decode in the same way: a base model's own settings (a repetition penalty, say) do not count.
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
     answers: dict[int, list[int]] = {}
@@ -38,6 +44,6 @@ def greedy_answers(
                 attention_mask=torch.tensor(attention, device=model.device),
             )
         for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
-            ended = tokenizer.eos_token_id in row
-            answers[i] = row[: row.index(tokenizer.eos_token_id) + 1] if ended else row
+            end = next((at for at, token in enumerate(row) if token in ends), len(row))
+            answers[i] = row[: end + 1]
     return [answers[i] for i in range(len(prompts))]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 UNSUPERVISED = -100  # the label that PyTorch's cross entropy ignores
@@ -20,7 +21,7 @@ def question_of(row: Any) -> list[int]:
 
 def supervised_tokens(rows: pd.DataFrame) -> int:
     """How many tokens of all conversations are supervised."""
-    return int(sum(sum(mask) for mask in rows["assistant_masks"]))
+    return sum(int(np.sum(mask)) for mask in rows["assistant_masks"])
 
 
 def answer_spans(mask: Sequence[int]) -> list[tuple[int, int]]:

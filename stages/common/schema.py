@@ -55,6 +55,10 @@ class PrepareParams(Section):
         le=1,
         description="Max share of unreadable rows. They are skipped and counted; with a larger share, prepare stops.",
     )
+    unsupported_rows: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="Rows with more than text (tool calls, images, …): stop prepare, or skip and count them.",
+    )
     threads: Literal["best", "all"] = Field(
         description="best: the best-ranked path of each tree. all: every path, shared beginnings trained on once."
     )

@@ -1,6 +1,7 @@
 """Rows in any form -> messages -> a selection of them -> conversations by split: pure functions, in the order of use.
 
 files.py       data files -> rows
+turns.py       turns as people write them -> role, text, and whether an answer is trained on
 forms.py       rows in any form -> message rows; a form is an entry of FORMS
 messages.py    message rows -> the table of messages, or what is wrong with a row
 selection.py   the table, the threads found in it, and the funnel that counts what each step drops

@@ -1,19 +1,32 @@
-"""Data files -> rows: JSON lines, plain or gzipped, and parquet. A format is an entry of FORMATS."""
+"""Data files -> rows. A format is an entry of FORMATS; .gz and .zst are unpacked while reading."""
 
-import codecs
+import csv
 import gzip
+import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from stages.common.errors import StageError, first_line
 
 Row = dict[str, Any]
-SPLITS = ("train", "validation", "test")
+Rows = Iterator[tuple[int, Row | str]]  # see `read_rows`
+# What the words of a file's path say of its split. The first that is found in this order holds.
+SPLIT_WORDS = {
+    "test": ("test",),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "train": ("train",),
+}
 PARQUET_BATCH = 1000  # rows in memory at a time
+# What `datasets` and the hub's client write beside data.
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+MAX_CELL = 2**31 - 1  # characters in a cell of a CSV file
+DELIMITERS = (",", ";", "\t")
 
 
 class Format(NamedTuple):
@@ -21,16 +34,29 @@ class Format(NamedTuple):
 
     ending: str
     place: str  # what a row is called in an error line
-    read: Callable[[Path], Iterator[tuple[int, Row | str]]]  # see `read_rows`
+    read: Callable[[Path], Rows]
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The data files of a folder, by name. Raises StageError when there is none."""
-    files = sorted(path for path in folder.glob("*") if path.name.endswith(tuple(form.ending for form in FORMATS)))
+    """The data files of a folder and its subfolders, by path. Raises StageError when there is none."""
+    files = sorted(path for path in folder.rglob("*") if _is_data(path, folder))
     if not files:
         *others, last = (form.ending for form in FORMATS)
         raise StageError(f"{folder} holds no {', '.join(others)} or {last} file. Check `dataset` in params.yaml.")
     return files
+
+
+def _is_data(path: Path, folder: Path) -> bool:
+    if path.name in NO_DATA or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        return False
+    if path.suffix == ".arrow" and path.name.startswith("cache-"):  # `datasets` caches its computations there
+        return False
+    return path.name.endswith(tuple(form.ending for form in FORMATS)) and path.is_file()
+
+
+def name_in(file: Path, folder: Path) -> str:
+    """A data file's path inside its folder, as error lines show it."""
+    return file.relative_to(folder).as_posix()
 
 
 def format_of(file: Path) -> Format:
@@ -38,44 +64,74 @@ def format_of(file: Path) -> Format:
     return next(form for form in FORMATS if file.name.endswith(form.ending))
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, Row | str]]:
+def read_rows(file: Path, name: str) -> Rows:
     """Number (from 1) and content of each row of a data file; for a row that cannot be read, the reason (a string).
 
-    Raises StageError that names the file when the rest of it cannot be read.
+    `name` is the file in error lines. Raises StageError when the rest of the file cannot be read.
     """
     try:
         yield from format_of(file).read(file)
+    except UnicodeError as error:
+        raise StageError(f"{name} is not UTF-8 ({first_line(error)}). Save it as UTF-8, then `dvc repro`.") from None
     except Exception as error:  # gzip, zlib and pyarrow have exceptions of their own
         raise StageError(
-            f"{file.name} cannot be read ({first_line(error)}). Is it damaged? "
-            "Put a complete file there, then `dvc repro`."
+            f"{name} cannot be read ({first_line(error)}). Is it damaged? Put a complete file there, then `dvc repro`."
         ) from None
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's name starts with, or None."""
-    return next((split for split in SPLITS if name.startswith(split)), None)
+    """The split that a file's path states in a word of its own, or None. The file's own name goes first."""
+    for part in reversed(Path(name).parts):
+        words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])\d+", "", part.lower()))
+        for split, names in SPLIT_WORDS.items():
+            if any(word in names for word in words):
+                return split
+    return None
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[int, Row | str]]:
+# Bytes -----------------------------------------------------------------------------------------------------------
+
+
+def _open(file: Path) -> IO[bytes]:
+    """A file's unpacked bytes, without the byte order mark of UTF-8. Raises UnicodeError for UTF-16."""
+    raw: IO[bytes] = file.open("rb")
+    if file.suffix == ".gz":
+        raw = gzip.open(raw)  # type: ignore[assignment]
+    elif file.suffix == ".zst":
+        raw = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
+    stream = io.BufferedReader(raw)  # type: ignore[type-var]
+    beginning = stream.peek(4)[:4]
+    if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(beginning) > 1 and 0 in beginning[:2]):
+        raise UnicodeError("it is UTF-16")
+    if beginning.startswith(b"\xef\xbb\xbf"):
+        stream.read(3)
+    return stream
+
+
+# Formats ---------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(file: Path) -> Rows:
     batches = ParquetFile(file).iter_batches(PARQUET_BATCH)
     yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[int, Row | str]]:
-    with file.open("rb") as lines:
+def _read_arrow(file: Path) -> Rows:
+    """A file of a `save_to_disk` folder: a stream of Arrow batches."""
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as batches:
+        parts = (batch.slice(i, PARQUET_BATCH) for batch in batches for i in range(0, len(batch), PARQUET_BATCH))
+        yield from enumerate((row for part in parts for row in part.to_pylist()), 1)
+
+
+def _read_jsonl(file: Path) -> Rows:
+    with _open(file) as lines:
         yield from _parse_lines(lines)
 
 
-def _read_jsonl_gz(file: Path) -> Iterator[tuple[int, Row | str]]:
-    with gzip.open(file) as lines:
-        yield from _parse_lines(lines)
-
-
-def _parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Row | str]]:
+def _parse_lines(lines: Iterable[bytes]) -> Rows:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield number, parse_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            yield number, parse_line(line)
 
 
 def parse_line(line: bytes) -> Row | str:
@@ -92,8 +148,46 @@ def parse_line(line: bytes) -> Row | str:
     return row if isinstance(row, dict) else "not a JSON object"
 
 
+def _read_json(file: Path) -> Rows:
+    """An array of objects, or an object whose only list is one; lines of JSON often have this ending, too."""
+    with _open(file) as stream:
+        content = stream.read()
+    try:
+        rows = json.loads(content.decode("utf-8"))
+    except json.JSONDecodeError:
+        lines = content.splitlines()
+        if not lines or content.lstrip().startswith(b"[") or isinstance(parse_line(lines[0]), str):
+            raise
+        yield from _parse_lines(lines)
+        return
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        wrapped = len(lists) == 1 and not {"messages", "conversations", "conversation", "chosen"} & rows.keys()
+        rows = lists[0] if wrapped else [rows]
+    if not isinstance(rows, list):
+        raise ValueError("it is neither an array of objects nor lines of objects")
+    yield from ((number, row if isinstance(row, dict) else "not a JSON object") for number, row in enumerate(rows, 1))
+
+
+def _read_csv(file: Path) -> Rows:
+    """A table with a header. An empty cell is None."""
+    csv.field_size_limit(MAX_CELL)
+    with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+        header = text.readline()
+        delimiter = max(DELIMITERS, key=header.count)
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        for number, cells in enumerate(csv.reader(text, delimiter=delimiter, strict=True), 1):
+            if len(cells) > len(names):
+                yield number, f"it has {len(cells)} cells, the header has {len(names)}"
+            elif cells:
+                cells += [""] * (len(names) - len(cells))
+                yield number, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+
+
 FORMATS = (
-    Format(".jsonl", "line", _read_jsonl),
-    Format(".jsonl.gz", "line", _read_jsonl_gz),
+    *(Format(f".jsonl{packed}", "line", _read_jsonl) for packed in ("", ".gz", ".zst")),
+    *(Format(f".json{packed}", "row", _read_json) for packed in ("", ".gz", ".zst")),
+    *(Format(f".csv{packed}", "row", _read_csv) for packed in ("", ".gz", ".zst")),
     Format(".parquet", "row", _read_parquet),
+    Format(".arrow", "row", _read_arrow),
 )

@@ -13,12 +13,25 @@ from stages.conversations.duplicates import dissimilar, first_copies, new_questi
 from stages.conversations.messages import UNKNOWN
 from stages.conversations.selection import Selection
 from stages.conversations.threads import answered, reachable, right_roles
+from stages.conversations.turns import GREETING, LATE_SYSTEM, SYSTEM_AT_END, UNSUPPORTED
 
 Filter = tuple[str, Callable[[pd.DataFrame, PrepareParams], pd.Series | None]]
 ThreadFilter = tuple[str, Callable[[Selection, PrepareParams], Sequence[bool] | None]]
+LEAK = "question_is_held_out"
+
+
+def not_left_out(messages: pd.DataFrame, reason: str) -> pd.Series | None:
+    """Which messages are not left out for this reason; None where none is, as in message trees."""
+    left_out = messages["left_out"] == reason
+    return ~left_out if left_out.any() else None
+
 
 # Rows that are messages of a tree.
 VALID: tuple[Filter, ...] = (
+    (UNSUPPORTED, lambda messages, params: not_left_out(messages, UNSUPPORTED)),
+    (LATE_SYSTEM, lambda messages, params: not_left_out(messages, LATE_SYSTEM)),
+    (GREETING, lambda messages, params: not_left_out(messages, GREETING)),
+    (SYSTEM_AT_END, lambda messages, params: not_left_out(messages, SYSTEM_AT_END)),
     ("bad_row", lambda messages, params: messages["bad"].isna()),
     ("empty", lambda messages, params: messages["text"].str.strip() != ""),
     ("duplicate_id", lambda messages, params: ~messages["message_id"].duplicated()),
@@ -69,12 +82,22 @@ ALTERNATING: tuple[Filter, ...] = (
     ("unanswered_question", lambda messages, params: answered(messages)),
 )
 
+
+def has_trained_answer(selection: Selection, params: PrepareParams) -> list[bool] | None:
+    """Which threads hold an answer that the data let be trained on; None where they all may be."""
+    if selection.messages["trained"].all():
+        return None
+    trained = selection.values("trained")
+    return [any(trained[i] for i in ids[1::2]) for ids in selection.threads]
+
+
 # Threads that become conversations.
 THREAD_FILTERS: tuple[ThreadFilter, ...] = (
     ("below_min_turns", lambda selection, params: [len(ids) >= 2 * params.min_turns for ids in selection.threads]),
+    ("not_to_be_trained", has_trained_answer),
+    (LEAK, new_questions),  # first, so that its number is that of the leak, copies included
     ("duplicate_conversation", first_copies),
     ("near_duplicate", dissimilar),
-    ("question_is_held_out", new_questions),
 )
 
 

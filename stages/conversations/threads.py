@@ -1,6 +1,6 @@
 """Trees -> threads: paths from a question to an answer, in which user and assistant alternate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -76,11 +76,12 @@ def cut_threads(threads: Sequence[Thread], max_turns: int | None) -> Sequence[Th
     return threads if max_turns is None else list(dict.fromkeys(ids[: 2 * max_turns] for ids in threads))
 
 
-def trained_answers(threads: Sequence[Thread]) -> list[list[bool]]:
-    """For each answer of each thread, whether it is trained on there: only in the first thread that holds it."""
+def trained_answers(threads: Sequence[Thread], trained: Mapping[str, bool]) -> list[list[bool]]:
+    """For each answer of each thread, whether it is trained on there: only in the first thread that holds it, and only
+    where `trained` (by message id) lets it be."""
     seen: set[str] = set()
     flags = []
     for ids in threads:
-        flags.append([i not in seen for i in ids[1::2]])
+        flags.append([i not in seen and bool(trained[i]) for i in ids[1::2]])
         seen.update(ids)
     return flags

@@ -7,10 +7,11 @@ import pytest
 import trl
 from transformers import AutoTokenizer
 
+from stages.common.chat import Chat, Encoded
 from stages.common.errors import StageError
 from stages.common.masks import answer_spans
-from stages.merge import plain_template
-from stages.tokenize import cut_to_turns, encode, load_template, set_special_tokens, tokenize
+from stages.tokenize import cut_to_turns, load_template, set_special_tokens, take_late_system, tokenize
+from tests.support.templates import LOOP, PROMPT, SMALL, TURN, tokenizer_for
 
 TALK = [
     {"role": "system", "content": "Be kind."},
@@ -35,74 +36,30 @@ def phi(tiny_phi):
     return tokenizer
 
 
-def supervised(tokenizer, ids, mask) -> list[str]:
-    return [tokenizer.decode(ids[start:end]) for start, end in answer_spans(mask)]
+def encode(tokenizer, messages) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a conversation and the spans of its answers."""
+    (encoded,) = Chat.of(tokenizer).encode([messages])
+    return encoded.ids, encoded.spans
 
 
-def expected_ids(tokenizer, parts):
-    """The ids and mask of text parts, each encoded by itself and given with whether it is the assistant's."""
-    ids, mask = [], []
-    for text, wanted in parts:
-        piece = tokenizer.encode(text, add_special_tokens=False)
-        ids += piece
-        mask += [int(wanted)] * len(piece)
-    return ids, mask
-
-
-def test_chatml_exact_text_ids_and_mask(llama):
-    assert llama.apply_chat_template(TALK, tokenize=False) == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n"
-        "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n"
-        "<|im_start|>assistant\nIt is 2.<|im_end|>\n"
-        "<|im_start|>user\nAnd?<|im_end|>\n"
-        "<|im_start|>assistant\nParis<|im_end|>\n"
-    )
-    expected = expected_ids(
-        llama,
-        [
-            ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n", False),
-            ("<|im_start|>assistant\n", False),
-            ("It is 2.<|im_end|>", True),
-            ("\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
-            ("Paris<|im_end|>", True),
-            ("\n", False),
-        ],
-    )
-    assert encode(llama, [TALK])[0] == expected
-
-
-def test_phi2_exact_text_ids_and_mask(phi):
-    assert phi.apply_chat_template(TALK, tokenize=False) == (
-        "Be kind.\nInstruct: What is 1 + 1?\nOutput: It is 2.<|endoftext|>\n"
-        "Instruct: And?\nOutput: Paris<|endoftext|>\n"
-    )
-    expected = expected_ids(
-        phi,
-        [
-            ("Be kind.\nInstruct: What is 1 + 1?\nOutput:", False),
-            (" It is 2.<|endoftext|>", True),
-            ("\nInstruct: And?\nOutput:", False),
-            (" Paris<|endoftext|>", True),
-            ("\n", False),
-        ],
-    )
-    assert encode(phi, [TALK])[0] == expected
+def supervised(tokenizer, messages) -> list[str]:
+    ids, spans = encode(tokenizer, messages)
+    return [tokenizer.decode(ids[start:end]) for start, end in spans]
 
 
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_a_prompt_is_the_exact_beginning_of_what_was_trained(name, request):
     tokenizer = request.getfixturevalue(name)
     prompt = tokenizer.apply_chat_template(TALK[:4], add_generation_prompt=True, return_dict=True)["input_ids"]
-    ids, mask = encode(tokenizer, [TALK])[0]
-    assert prompt == ids[: answer_spans(mask)[1][0]]
+    ids, spans = encode(tokenizer, TALK)
+    assert prompt == ids[: spans[1][0]]
 
 
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_only_answers_and_their_end_tokens_are_supervised(name, request):
     tokenizer = request.getfixturevalue(name)
-    ids, mask = encode(tokenizer, [TALK])[0]
     end = tokenizer.eos_token
-    assert [text.strip() for text in supervised(tokenizer, ids, mask)] == [f"It is 2.{end}", f"Paris{end}"]
+    assert [text.strip() for text in supervised(tokenizer, TALK)] == [f"It is 2.{end}", f"Paris{end}"]
 
 
 @pytest.mark.parametrize("name", ["llama", "phi"])
@@ -122,18 +79,6 @@ def test_without_a_token_to_spare_padding_shares_the_end_token_but_no_letter_is_
     assert again.decode(again.encode("Hi! You!"), skip_special_tokens=True) == "Hi! You!"
 
 
-@pytest.mark.parametrize("name", ["llama", "phi"])
-def test_the_plain_template_renders_the_same_text(name, request):
-    tokenizer = request.getfixturevalue(name)
-    plain = plain_template(tokenizer.chat_template)
-    assert "generation %}" not in plain.replace("add_generation_prompt", "")
-    for talk, prompt in ((TALK, False), (TALK[:4], True), (TALK[1:2], True)):
-        same = {"tokenize": False, "add_generation_prompt": prompt}
-        assert tokenizer.apply_chat_template(talk, chat_template=plain, **same) == tokenizer.apply_chat_template(
-            talk, **same
-        )
-
-
 def test_templates_that_do_not_fit_are_refused(tiny_phi, tmp_path, monkeypatch):
     phi = AutoTokenizer.from_pretrained(tiny_phi)
     with pytest.raises(StageError, match="no special token of the"):
@@ -143,9 +88,9 @@ def test_templates_that_do_not_fit_are_refused(tiny_phi, tmp_path, monkeypatch):
     with pytest.raises(StageError, match="does not exist. Set it to one of: chatml, phi2, model"):
         load_template("none", phi)
     monkeypatch.setattr("stages.tokenize.TEMPLATES", tmp_path)
-    (tmp_path / "bare.jinja").write_text("{{ messages[0].content }}{% if add_generation_prompt %}{% endif %}")
-    with pytest.raises(StageError, match="no {% generation %} marks"):
-        load_template("bare", phi)
+    (tmp_path / "bare.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(StageError, match="^mine: it does not write the content of assistant messages"):
+        set_special_tokens(phi, load_template("bare", phi), 1000, "mine")
 
 
 @pytest.mark.parametrize("known", ["qwen2_5.jinja", "qwen3.jinja", "llama3.jinja"])
@@ -158,26 +103,25 @@ def test_a_models_own_template_gets_its_marks_and_its_end_token(known, tiny_llam
         )
     tokenizer.chat_template = own.read_text(encoding="utf-8")
     set_special_tokens(tokenizer, load_template("model", tokenizer), len(tokenizer))
-    ids, mask = encode(tokenizer, [TALK])[0]
     end = "<|eot_id|>" if "llama3" in known else "<|im_end|>"
     assert tokenizer.eos_token == end and tokenizer.pad_token != end
-    assert [text.split("</think>")[-1].strip() for text in supervised(tokenizer, ids, mask)] == [
-        f"It is 2.{end}",
-        f"Paris{end}",
-    ]
+    assert supervised(tokenizer, TALK) == [f"It is 2.{end}", f"Paris{end}"]
 
 
 def test_cutting_keeps_complete_turns():
     ids = list(range(100, 112))
     mask = [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0]
+    encoded = Encoded(ids, [(2, 4), (6, 9), (10, 11)], escaped=False)
     both = [True, True, True]
-    assert cut_to_turns(ids, mask, both, 12) == (ids[:11], mask[:11], 0)
-    assert cut_to_turns(ids, mask, both, 10) == (ids[:9], mask[:9], 1)
-    assert cut_to_turns(ids, mask, both, 9) == (ids[:9], mask[:9], 1)
-    assert cut_to_turns(ids, mask, both, 8) == (ids[:4], mask[:4], 2)
-    assert cut_to_turns(ids, mask, both, 3) is None
-    assert cut_to_turns(ids, mask, [False, True, True], 12) == (ids[:11], [0] * 6 + [1, 1, 1, 0, 1], 0)
-    assert cut_to_turns(ids, mask, [False, True, True], 8) is None  # nothing left to train on
+    assert cut_to_turns(encoded, both, 12) == (ids[:11], mask[:11], 0)
+    assert cut_to_turns(encoded, both, 10) == (ids[:9], mask[:9], 1)
+    assert cut_to_turns(encoded, both, 9) == (ids[:9], mask[:9], 1)
+    assert cut_to_turns(encoded, both, 8) == (ids[:4], mask[:4], 2)
+    assert cut_to_turns(encoded, both, 3) is None
+    assert cut_to_turns(encoded, [False, True, True], 12) == (ids[:11], [0] * 6 + [1, 1, 1, 0, 1], 0)
+    assert cut_to_turns(encoded, [False, True, True], 8) is None  # nothing left to train on
+    side_by_side = Encoded(ids, [(2, 4), (4, 6)], escaped=False)
+    assert cut_to_turns(side_by_side, [True, True], 5) == (ids[:4], [0, 0, 1, 1], 1)
 
 
 def conversations(talks: list[list[dict]]) -> pd.DataFrame:
@@ -188,16 +132,67 @@ def conversations(talks: list[list[dict]]) -> pd.DataFrame:
 def test_counts_and_what_is_dropped(llama):
     hostile = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "no"}]
     long = [{"role": "user", "content": "why? " * 100}, {"role": "assistant", "content": "no"}]
-    whole = len(encode(llama, [TALK])[0][0]) - 1  # less the line break after the last end token
+    whole = encode(llama, TALK)[1][-1][1]  # without the line break after the last end token
     frame, counts = tokenize(conversations([TALK, hostile, long, TALK[1:3]]), llama, whole - 1)
     assert counts["dropped"] == {
-        "control_tokens_in_text": 1,
         "first_answer_beyond_max_length": 1,
         "answers_cut_off": 1,
     }
-    assert counts["conversations"] == len(frame) == 2
+    assert counts["conversations"] == len(frame) == 3 and counts["control_tokens_escaped"] == 1
     assert counts["tokens"] == sum(len(ids) for ids in frame["input_ids"]) == frame["length"].sum()
     assert counts["supervised_tokens"] == sum(sum(mask) for mask in frame["assistant_masks"])
     assert list(frame["length"]) == [len(ids) for ids in frame["input_ids"]]
     for ids, mask in zip(frame["input_ids"], frame["assistant_masks"], strict=True):
         assert ids[-1] == llama.eos_token_id and mask[-1] == 1 and len(ids) == len(mask)
+
+
+def test_a_conversation_that_cannot_be_aligned_is_named_by_row_and_tree():
+    tokenizer = tokenizer_for(SMALL["no_system"])
+    with pytest.raises(
+        StageError, match=r"^chat_template: mine: it takes no such system message .*\(conversation 1, of "
+    ):
+        tokenize(conversations([TALK[1:], TALK]), tokenizer, 100, "chat_template: mine")
+    table = conversations([TALK[1:]]).assign(trained=[[True]])
+    with pytest.raises(StageError, match="conversation 0 has 2 answers, but says of 1 whether"):
+        tokenize(table, tokenizer, 100)
+
+
+def test_a_late_system_message_keeps_its_place_or_its_conversation_is_counted():
+    late = [*TALK[1:3], {"role": "system", "content": "In French."}, *TALK[3:]]
+    table = conversations([TALK[1:], late])
+    tokenizer = tokenizer_for(SMALL["alternating"])
+    kept, refused = take_late_system(Chat.of(tokenizer, "mine"), table)
+    assert list(kept.index) == [0] and len(refused) == 1
+    assert refused[0].startswith("mine: it takes no such system message (Roles must alternate).")
+    assert "(conversation 1, of tree " in refused[0]
+    with pytest.raises(StageError, match=r"it takes no such system message .* \(conversation 0, of "):
+        tokenize(conversations([[TALK[0], *late]]), tokenizer, 100)  # the first system message is an error
+    assert take_late_system(Chat.of(tokenizer, "mine"), conversations([[TALK[0], *late]]))[1] == []
+
+    tokenizer = tokenizer_for(LOOP + TURN + PROMPT)
+    kept, refused = take_late_system(Chat.of(tokenizer, "mine"), table)
+    assert list(kept.index) == [0, 1] and not refused
+    frame, _ = tokenize(kept, tokenizer, 100)
+    text = tokenizer.decode(frame["input_ids"][1])
+    assert "It is 2.<|im_end|>\n<|im_start|>system\nIn French.<|im_end|>\n<|im_start|>user" in text
+    assert len(answer_spans(frame["assistant_masks"][1])) == 2
+
+
+def test_a_template_that_moves_a_late_system_message_to_the_front_is_found_out():
+    front = "{% for m in messages if m.role == 'system' %}{{ m.content }}\n{% endfor %}"
+    others = "{% for m in messages if m.role != 'system' %}"
+    late = [*TALK[1:3], TALK[0], *TALK[3:]]
+    chat = Chat.of(tokenizer_for(front + others + TURN + PROMPT), "mine")
+    assert chat.why_not(TALK) is None
+    assert "mine: it moves a system message in front of what was said before it" in str(chat.why_not(late))
+
+
+def test_every_answer_of_many_batches_is_supervised_and_no_other_is():
+    tokenizer = tokenizer_for(LOOP + TURN + PROMPT)
+    talks = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] * 2 for i in range(600)]
+    table = conversations(talks).assign(trained=[[False, True]] * 600)
+    frame, counts = tokenize(table, tokenizer, 200)
+    for i, (ids, mask) in enumerate(zip(frame["input_ids"], frame["assistant_masks"], strict=True)):
+        (span,) = answer_spans(mask)
+        assert tokenizer.decode(ids[slice(*span)]) == f"{i}!<|im_end|>" and span[1] == len(ids)
+    assert counts["dropped"] == {"first_answer_beyond_max_length": 0, "answers_cut_off": 0}

@@ -11,6 +11,7 @@ from tests.support.rows import message
 DEFAULTS = PrepareParams(
     dataset_weights=None,
     max_bad_rows=1.0,
+    unsupported_rows="stop",
     threads="best",
     tree_states=["ready_for_export"],
     languages=[],

@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "prepare": {
         "dataset_weights": [0.5],
         "max_bad_rows": 0.5,
+        "unsupported_rows": "skip",
         "threads": "all",
         "tree_states": [],
         "languages": ["de"],
