@@ -59,7 +59,7 @@ def find_config(base_model: str, revision: str | None) -> Found:
     if isinstance(source, HubSource) and source.file is None:
         return Found(HubDownload(source, "model").config(), "the hub (config.json alone)", None)
     raise StageError(
-        f"the configuration of {base_model} is inside its package. Run `dvc repro fetch`, then `make plan`."
+        f"the configuration of {base_model} is inside its package. Run `dvc repro fetch_model`, then `make plan`."
     )
 
 

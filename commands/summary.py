@@ -37,6 +37,12 @@ def table(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
+def held_out_share(kept: dict[str, Any]) -> str:
+    """How many of the trees that prepare kept are held out."""
+    held, trees = kept["validation"]["trees"], sum(split["trees"] for split in kept.values())
+    return f"held out {held} of {trees} trees ({held / trees:.1%})"
+
+
 def exported(report: dict[str, Any]) -> str:
     """The line about the exported model."""
     tuned = report["tuned"]
@@ -67,6 +73,7 @@ def main() -> None:
     samples = read_json(REPORTS / "samples.json")
     held_out = evaluation["held_out"]
     print(f"\nBase {made['base_model']}\ntuned on {made['dataset']}, {made['max_steps']} steps")
+    print(held_out_share(read_json(REPORTS / "funnel.json", ["kept"])["kept"]))
     print(f"measured on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens:\n")
     print("\n".join(table(evaluation)))
     print("\nOne answer side by side:\n")

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import pandas as pd
 
 from commands.lockfile import LOCK, outputs, read_lock
 from stages.common.errors import StageError
-from stages.common.params import read_params
+from stages.common.experiments import untracked
+from stages.common.params import local_paths, read_params
 
 LOSS = Path("reports/loss")
 METRICS = Path("reports/metrics.json")
@@ -119,8 +121,9 @@ def recorded_run(source: Path, folder: Path) -> Path:
     return folder
 
 
-def copy_project(source: Path, target: Path) -> None:
-    """What git has or would take of `source`, as it stands, in a clone without any output, cache or record."""
+def copy_project(source: Path, target: Path, local: Iterable[Path]) -> None:
+    """What git has or would take of `source`, as it stands, in a clone without any output, cache or record; and what
+    stands at the paths `local`, which git may ignore."""
     subprocess.run(["git", "clone", "--quiet", str(source), str(target)], check=True)
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -128,7 +131,8 @@ def copy_project(source: Path, target: Path) -> None:
         check=True,
         capture_output=True,
     ).stdout
-    for name in filter(None, listed.decode().split("\0")):
+    private = [name for path in local for name in untracked(source, path)]
+    for name in [*filter(None, listed.decode().split("\0")), *private]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -153,7 +157,7 @@ def check_repository(folder: Path) -> None:
 
 
 def main() -> None:
-    read_params()
+    params = read_params()
     check_repository(Path.cwd())
     source, targets = Path.cwd(), sys.argv[1:]  # stages to run to, as `dvc repro` takes them; none: all
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -161,7 +165,7 @@ def main() -> None:
         runs = [Path(folder) / name for name in FOLDERS]
         for number, run in enumerate(runs, 1):
             print(f"verify: run {number} of {len(runs)}, from nothing, in {run}", flush=True)
-            copy_project(source, run)
+            copy_project(source, run, local_paths(params))
             command = ["dvc", "repro", "--no-run-cache", *targets]  # also where projects share a cache
             result = subprocess.run([sys.executable, "-m", *command], cwd=run, env=environment)
             if result.returncode:

@@ -1,116 +1,25 @@
-"""Fetch the pinned data set and the base model.
+"""Fetch the pinned data set, or several.
 
 Reads the sources that params.yaml names (and data/sample, data/local for local ones).
-Writes data/raw/1/, data/raw/2/, … (each data set's files; a hub repository as one parquet file a split), models/base/
-(safetensors, tokenizer, config), and data/raw/source.json (a list) and models/base/source.json, which record where they
-came from. Run: `dvc repro fetch`
+Writes data/raw/1/, data/raw/2/, … (each data set's files; a hub repository as one parquet file a split) and
+data/raw/source.json, a list that records where they came from. Run: `dvc repro fetch`
 """
 
-import re
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
-
-from stages.common.artifacts import write_json, write_text, write_whole
+from stages.common.artifacts import write_json, write_whole
 from stages.common.downloads import fetch_source
-from stages.common.errors import StageError, first_line
-from stages.common.model_files import check_weights, load_tokenizer
 from stages.common.params import load_params
 from stages.common.schema import FetchParams
-from stages.common.sources import Source, parse_source, parse_sources
+from stages.common.sources import parse_sources
 
 RAW = Path("data/raw")
-BASE = Path("models/base")
-
-
-def convert_gguf(folder: Path) -> None:
-    """Replace the GGUF file in `folder`, if there is one, by safetensors (bfloat16), config and tokenizer."""
-    files = list(folder.glob("*.gguf"))
-    if not files:
-        return
-    if len(files) > 1:
-        names = ", ".join(sorted(file.name for file in files))
-        raise StageError(
-            f"base_model: there are {len(files)} GGUF files, {names}. Put the one you mean after its path."
-        )
-    logging.disable_progress_bar()
-    print(f"fetch: converting {files[0].name} to safetensors", flush=True)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        said = first_line(error).replace(f"{folder}/", "")
-        raise StageError(
-            f"{files[0].name} is no GGUF model that can be converted ({said}). Choose another base_model."
-        ) from error
-    # A model loaded from GGUF refuses save_pretrained, and its configuration says that it is quantised.
-    config = loaded.config
-    for name in ("quantization_config", "_name_or_path"):
-        if hasattr(config, name):
-            delattr(config, name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # The tokenizer records whether it was loaded offline. The output must not depend on that.
-    saved = folder / "tokenizer_config.json"
-    text = saved.read_text(encoding="utf-8")
-    write_text(saved, text.replace('"local_files_only": true', '"local_files_only": false'))
-    files[0].unlink()
-
-
-def check_model(folder: Path, source: Source) -> None:
-    """Raise StageError unless `folder` holds what the later stages load: config, tokenizer and safetensors."""
-    for pattern in ("config.json", "*.safetensors", "tokenizer*.json"):
-        if not list(folder.glob(pattern)):
-            raise StageError(
-                f"{source.text} has no {pattern}: it is not a causal language model saved as safetensors. "
-                "Correct base_model in params.yaml; pickled weights (.bin) are never loaded."
-            )
-    try:
-        check_weights(folder)
-        load_tokenizer(folder)
-    except StageError as error:
-        raise StageError(str(error).replace(str(folder), source.text)) from error
-
-
-def licence_of(folder: Path) -> str | None:
-    """The licence that the files state: the front matter of README.md, or the first words of a LICENSE file."""
-    readme = folder / "README.md"
-    if readme.is_file() and (match := re.search(r"^license: *(\S+)", readme.read_text(encoding="utf-8"), re.MULTILINE)):
-        return match[1].lower()
-    for file in sorted(folder.glob("LICEN*")):
-        words = " ".join(file.read_text(encoding="utf-8").split())
-        for name, opening in (("apache-2.0", "Apache License Version 2.0"), ("mit", "MIT License")):
-            if words.startswith(opening):
-                return name
-    return None
-
-
-def describe(source: Source, folder: Path) -> dict[str, Any]:
-    """What source.json records: the source's text, its pin, its repository on the hub (None where it is not there) and
-    its licence (None where the files state none)."""
-    return {
-        "source": source.text,
-        "revision": source.revision,
-        "hub": source.hub_repository,
-        "license": licence_of(folder),
-    }
 
 
 def main() -> None:
     params = load_params(FetchParams)
     datasets = parse_sources(params.dataset, params.dataset_revision)
-    base_model = parse_source(params.base_model, params.base_model_revision)
-    with write_whole(RAW) as raw, write_whole(BASE) as base:
-        for number, dataset in enumerate(datasets, 1):
-            fetch_source(dataset, "dataset", raw / str(number))
-        fetch_source(base_model, "model", base)
-        convert_gguf(base)
-        check_model(base, base_model)
-        write_json(raw / "source.json", [describe(d, raw / str(i)) for i, d in enumerate(datasets, 1)])
-        write_json(base / "source.json", describe(base_model, base))
-    print(f"fetch: {', '.join(d.text for d in datasets)} -> {RAW}/, {params.base_model} -> {BASE}/")
+    with write_whole(RAW) as raw:
+        records = [fetch_source(dataset, "dataset", raw / str(i)) for i, dataset in enumerate(datasets, 1)]
+        write_json(raw / "source.json", records)
+    print(f"fetch: {', '.join(dataset.text for dataset in datasets)} -> {RAW}/")

@@ -7,6 +7,7 @@ language). Run: `dvc repro prepare`
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from stages.conversations.filters import (
     ALTERNATING,
     FILTERS,
     LEAK,
+    REPETITIONS,
     THREAD_FILTERS,
     VALID,
     keep_messages,
     keep_threads,
 )
+from stages.conversations.held_out import hold_out
 from stages.conversations.known import check_known
-from stages.conversations.messages import check_bad_rows, check_unsupported, left_out_notes, read_messages
+from stages.conversations.messages import Counts, check_bad_rows, check_unsupported, left_out_notes, read_messages
 from stages.conversations.selection import Selection
 from stages.conversations.splits import settle_splits, settled_splits, split_note, threads_by_split
 from stages.conversations.tables import conversation_table, count_kept
@@ -38,19 +41,22 @@ PREPARED = Path("data/prepared")
 FUNNEL = Path("reports/funnel.json")
 
 
-def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def prepare(
+    messages: pd.DataFrame, params: PrepareParams, sources: Sequence[str] = ()
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """Messages (columns: see `read_messages`) to conversations by split (columns: see `conversation_table`), and the
-    funnel: what was read, dropped by each step, and kept by split.
+    funnel: what was read, dropped by each step, and kept by split. `sources` are the data sets' names in errors.
 
     Raises StageError when a row is unsupported, too many rows are bad, or nothing is left for a split.
     """
     check_unsupported(messages, params.unsupported_rows)
-    check_bad_rows(messages["bad"], params.max_bad_rows, RAW)
+    check_bad_rows(messages, params.max_bad_rows, sources)
     selection = keep_messages(Selection.of(messages), (*VALID, *FILTERS), params)
     selection = keep_messages(settle_splits(selection, settled_splits(messages)), ALTERNATING, params)
     selection = selection.with_threads(find_threads(selection.messages, params.threads), "other_thread")
     selection = selection.with_threads(cut_threads(selection.threads, params.max_turns), "beyond_max_turns")
-    selection = keep_threads(selection, THREAD_FILTERS, params)
+    selection = hold_out(keep_threads(selection, THREAD_FILTERS, params), params)
+    selection = keep_threads(selection, REPETITIONS, params)
     splits = threads_by_split(selection, params)
     if params.dataset_weights is not None:
         used = {ids for threads in splits.values() for ids in threads}
@@ -60,12 +66,11 @@ def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd
     return tables, {"read": selection.funnel.read, "dropped": selection.funnel.dropped, "kept": kept}
 
 
-def split_notes(messages: pd.DataFrame, datasets: int) -> list[str]:
-    """Which file of each data set went where, a line a data set; none where no file states a split."""
+def split_notes(messages: pd.DataFrame, folders: Sequence[Path]) -> list[str]:
+    """Which file of each data set (a folder) went where, a line a data set; none where no file states a split."""
     if messages["split"].isna().all():
         return []
     fates = settled_splits(messages)
-    folders = [RAW / str(number + 1) for number in range(datasets)]
     files = [[name_in(file, folder) for file in data_files(folder)] for folder in folders]
     return [split_note(names, fates[number]) for number, names in enumerate(files)]
 
@@ -85,19 +90,20 @@ def main() -> None:
     params = load_params(PrepareParams)
     tables = []
     sources = read_sources(RAW / "source.json")
+    folders = [RAW / str(number + 1) for number in range(len(sources))]
     for number, source in enumerate(sources):
-        notes: list[str] = []
-        tables.append(read_messages(RAW / str(number + 1), number, notes))
+        counts = Counts()
+        tables.append(read_messages(folders[number], number, counts, source["source"]))
         check_unsupported(tables[-1], params.unsupported_rows)  # before a note says that they are left out
-        for note in [*notes, *left_out_notes(tables[-1])]:
+        for note in [*counts.notes(), *left_out_notes(tables[-1])]:
             print(f"prepare: {source['source']}: {note}", flush=True)
         trees = tables[-1]["message_tree_id"].nunique()
         if warning := check_known(source["source"], source["revision"], len(tables[-1]), trees):
             print(warning, file=sys.stderr, flush=True)
     messages = pd.concat(tables, ignore_index=True)
-    for number, note in enumerate(split_notes(messages, len(sources))):
+    for number, note in enumerate(split_notes(messages, folders)):
         print(f"prepare: {sources[number]['source']}: {note}", flush=True)
-    splits, funnel = prepare(messages, params)
+    splits, funnel = prepare(messages, params, [source["source"] for source in sources])
     if note := leak_note(funnel):
         print(note, file=sys.stderr, flush=True)
     with write_whole(FUNNEL) as report, write_whole(PREPARED) as folder:
@@ -108,3 +114,5 @@ def main() -> None:
         write_json(folder / "params.json", params.model_dump())
     kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
     print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
+    held, trees = (sum(funnel["kept"][name]["trees"] for name in names) for names in (["validation"], funnel["kept"]))
+    print(f"prepare: held out {held} of {trees} trees ({held / trees:.1%})")

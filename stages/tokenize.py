@@ -177,8 +177,9 @@ def report_split(split: str, counts: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    params = load_params(TokenizeParams)
+def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, list[str]]:
+    """The base model's tokenizer with the chosen template and special tokens, both as a Chat, and the tokens that end
+    an answer. Raises StageError when they do not fit each other or the parameters."""
     config = load_config(BASE)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and params.max_length > longest:
@@ -200,6 +201,12 @@ def main() -> None:
         )
     chat = Chat.of(tokenizer, name)
     check_same_ids(chat, rendered_by(tokenizer), "transformers")
+    return tokenizer, chat, ends
+
+
+def main() -> None:
+    params = load_params(TokenizeParams)
+    tokenizer, chat, ends = load_chat(params)
     for note in chat.notes():
         print(f"tokenize: {note}")
 
@@ -212,7 +219,7 @@ def main() -> None:
             conversations, refused = take_late_system(chat, conversations)
             if refused:
                 print(f"tokenize: {split}: {len(refused)} conversations are left out (late_system): {refused[0]}")
-            frame, counts[split] = tokenize(conversations, tokenizer, params.max_length, name)
+            frame, counts[split] = tokenize(conversations, tokenizer, params.max_length, chat.name)
             counts[split]["dropped"]["late_system"] = len(refused)
             if frame.empty and refused:
                 raise StageError(f"no conversation of {split} is left. {refused[0]}")

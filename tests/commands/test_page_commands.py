@@ -46,7 +46,7 @@ def test_every_target_is_in_the_readme():
 def test_dvc_parses_its_commands(command):
     arguments = parse_args(command.words[1:])
     for target in getattr(arguments, "targets", None) or []:
-        assert target in PIPELINE or target in INVENTED or (ROOT / target).exists(), str(command)
+        assert target in {*PIPELINE, *INVENTED, *EXAMPLES} or (ROOT / target).exists(), str(command)
     for override in getattr(arguments, "set_param", None) or []:
         assert override.partition("=")[0] in Params.model_fields.keys() | INVENTED, str(command)
 

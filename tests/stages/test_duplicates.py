@@ -3,7 +3,7 @@
 import pandas as pd
 
 from stages.conversations.duplicates import near_duplicates
-from stages.conversations.splits import held_out
+from stages.conversations.held_out import by_hash
 from stages.prepare import leak_note
 from tests.support.conversations import check_funnel, frame, run, trees_in_both_splits, two_datasets
 from tests.support.rows import message
@@ -75,9 +75,10 @@ def test_a_held_out_question_does_not_come_up_later_in_a_trained_conversation():
         ),
         message(f"{trained['message_id']}.a.p.a", f"{trained['message_id']}.a.p"),
     ]
-    other = next(f"o{i}" for i in range(99) if not held_out(f"o{i}", 0.5, 0))
+    # A third tree, which comes after the held-out one.
+    other = next(f"o{i}" for i in range(99) if by_hash([f"text of o{i}", held["text"]], 0)[0] == held["text"])
     rows += [message(other, role="prompter"), message(f"{other}.a", other)]
-    conversations, funnel = run(rows)
+    conversations, funnel = run(rows, validation_fraction=0.34)
     assert set(conversations["message_tree_id"]) == {held["message_id"], other}
     assert funnel["dropped"]["question_is_held_out"]["conversations"] == 1
 
@@ -85,8 +86,11 @@ def test_a_held_out_question_does_not_come_up_later_in_a_trained_conversation():
 def test_a_held_out_question_of_one_data_set_is_not_trained_on_from_another():
     messages = two_datasets(20)
     messages.loc[messages["message_id"] == "b5", "text"] = "text of b0"  # b0 is held out, b5 is not
-    same = messages["message_id"].isin(["a1"]) if not held_out("a1", 0.5, 0) else messages["message_id"].isin(["a2"])
-    messages.loc[same, "text"] = "TEXT  of b1"
-    conversations, funnel = run(messages)
-    assert funnel["dropped"]["question_is_held_out"]["conversations"] >= 1
-    assert "b5" not in set(conversations["message_tree_id"])
+    messages.loc[messages["message_id"] == "a1", "text"] = "TEXT  of b1"
+    texts = ["text of b1", *(f"text of a{i}" for i in range(20) if i != 1)]
+    seed = next(
+        seed for seed in range(99) if by_hash(texts, seed)[-1] == "text of b1"
+    )  # of its own data set, a1 is not
+    conversations, funnel = run(messages, split_seed=seed)
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] == 2
+    assert not {"a1", "b5"} & set(conversations["message_tree_id"])

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.common import downloads
 from stages.common.artifacts import digest_files
-from stages.common.downloads import fetch_source
+from stages.common.downloads import fetch_source, licence_of
 from stages.common.errors import StageError
 from stages.common.sources import FileSource, HubSource, PypiSource, parse_source
-from stages.fetch import check_model, convert_gguf, describe, licence_of
+from stages.fetch_model import check_model, convert_gguf
 from tests.support.rows import message, write_jsonl
 
 COMMIT = "ef382358ec9e382308935a992d908de099b64c23"
@@ -143,9 +143,9 @@ def test_a_local_file_is_watched_or_pinned(tmp_path, monkeypatch):
 def test_a_local_model_folder_is_pinned_by_its_content(tiny_llama, tmp_path):
     pin = "sha256:" + digest_files([tiny_llama])
     source = parse_source(f"file:{tiny_llama}", pin)
-    fetch_source(source, "model", tmp_path / "base")
+    record = fetch_source(source, "model", tmp_path / "base")
     check_model(tmp_path / "base", source)
-    assert describe(source, tmp_path / "base") == {
+    assert record == {
         "source": source.text,
         "revision": pin,
         "hub": None,

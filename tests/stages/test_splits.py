@@ -9,18 +9,84 @@ import pytest
 from stages.common.errors import StageError
 from stages.conversations.files import split_of
 from stages.conversations.messages import read_messages
-from stages.conversations.splits import held_out, settled_splits
+from stages.conversations.splits import settled_splits
 from stages.prepare import split_notes
 from tests.support.conversations import check_funnel, frame, run, two_datasets
 from tests.support.rows import message
 
 
-def test_split_does_not_move_when_other_trees_come():
-    names = [f"tree{i}" for i in range(1000)]
-    chosen = [name for name in names if held_out(name, 0.15, 42)]
-    assert 110 < len(chosen) < 190
-    assert set(chosen) <= {name for name in names if held_out(name, 0.2, 42)}
-    assert chosen != [name for name in names if held_out(name, 0.15, 43)]
+def plain(names) -> list[dict]:
+    """A tree of one question and one answer for each name."""
+    return [row for n in names for row in (message(f"{n}", role="prompter"), message(f"{n}.a", f"{n}"))]
+
+
+def held_of(conversations: pd.DataFrame) -> set[str]:
+    return set(conversations.loc[conversations["split"] == "validation", "message_tree_id"])
+
+
+@pytest.mark.parametrize(
+    "count, fraction, expected",
+    [(60, 0.15, 9), (30, 0.15, 5), (200, 0.15, 30), (10, 0.1, 1), (3, 0.34, 1), (2, 0.01, 1), (5, 0.01, 1)],
+)
+@pytest.mark.parametrize("seed", [0, 42])
+def test_the_held_out_share_is_what_was_asked(count, fraction, expected, seed):
+    conversations, funnel = run(plain(range(count)), validation_fraction=fraction, split_seed=seed)
+    assert len(held_of(conversations)) == expected == funnel["kept"]["validation"]["trees"]
+    assert len(conversations) == count
+    check_funnel(funnel)
+
+
+def test_few_trees_move_when_others_come_and_none_when_files_are_renamed_or_rows_inserted():
+    before = held_of(run(plain(f"tree{i}" for i in range(100)), validation_fraction=0.15)[0])
+    assert before != held_of(run(plain(f"tree{i}" for i in range(100)), validation_fraction=0.15, split_seed=1)[0])
+    more = held_of(run(plain(f"tree{i}" for i in range(110)), validation_fraction=0.15)[0])
+    assert len(before) == 15 and len(more) == 17 and len(before - more) <= 2
+    rows = plain(f"tree{i}" for i in range(100))
+    for row in rows:  # texts stay
+        for name in ("message_id", "parent_id", "message_tree_id"):
+            row[name] = row[name] and f"renamed-{row[name]}"
+    assert {name.removeprefix("renamed-") for name in held_of(run(rows, validation_fraction=0.15)[0])} == before
+
+
+def test_copies_and_trees_with_the_same_question_stay_on_one_side_and_the_share_is_right():
+    rows = plain(range(60))
+    for i in range(60, 70):  # copies of ten trees
+        rows += [
+            message(f"{i}", role="prompter", text=f"TEXT of  {i - 60}"),
+            message(f"{i}.a", f"{i}", text=f"text of {i - 60}.a"),
+        ]
+    for i in range(70, 80):  # ten trees with a question of another one, and another answer
+        rows += [message(f"{i}", role="prompter", text=f"text of {i - 60}"), message(f"{i}.a", f"{i}")]
+    conversations, funnel = run(rows, validation_fraction=0.2)
+    assert len(conversations) == 70 and len(held_of(conversations)) == 14
+    assert funnel["dropped"]["question_is_held_out"]["conversations"] == 0
+    assert funnel["dropped"]["duplicate_conversation"]["conversations"] == 10
+    side = conversations.set_index("message_tree_id")["split"]
+    assert all(side[f"{i}"] == side[f"{i - 60}"] for i in range(70, 80))
+
+
+def test_two_questions_with_many_answers_are_parted():
+    rows = [
+        row
+        for i in range(40)
+        for row in (message(f"{i}", role="prompter", text=f"Q{i % 4 > 0}"), message(f"{i}.a", f"{i}"))
+    ]
+    conversations, _ = run(rows, validation_fraction=0.1)
+    assert len(held_of(conversations)) == 10  # the nearest that there is
+
+
+@pytest.mark.parametrize(
+    "rows, changes, said",
+    [
+        (plain("a"), {}, r"left for validation: of 1 trees, 1 passed all steps. One must be trained on and another"),
+        (plain("ab"), {"languages": ["de"]}, r"4 of 4, in en, were dropped as `language`. Change languages in params"),
+        (plain("ab"), {"min_turns": 2}, r"of 2 trees, 0 passed .* as `below_min_turns`. Change min_turns in"),
+        ([message("a"), message("b")], {}, r"2 of 2, were dropped as `wrong_role`. docs/data.md explains it"),
+    ],
+)
+def test_what_left_a_split_empty_is_named(rows, changes, said):
+    with pytest.raises(StageError, match=said):
+        run(rows, **changes)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +116,7 @@ def test_each_data_set_keeps_its_own_splits():
     assert sorted(second.loc[second["split"] == "validation", "message_tree_id"]) == ["b0", "b1"]
     first = conversations[conversations["dataset"] == 0]
     assert set(first["split"]) == {"train", "validation"} and len(first) == 20
-    for tree, split in zip(first["message_tree_id"], first["split"], strict=True):
-        assert (split == "validation") is held_out(tree, 0.5, 0)
+    assert (first["split"] == "validation").sum() == 10
     assert funnel["kept"]["validation"]["by_dataset"]["2"] == 2
     check_funnel(funnel)
 
@@ -81,8 +146,7 @@ def test_a_list_of_files_honours_their_names(stated, expected):
     assert [[fates[i][split_of(name)] for name in each] for i, each in enumerate(names)] == expected
 
 
-def test_each_file_of_a_list_goes_where_its_name_says(tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.prepare.RAW", tmp_path)
+def test_each_file_of_a_list_goes_where_its_name_says(tmp_path):
     names = ["my_train.jsonl", "part/valid.json", "test.jsonl", "more.csv"]
     for i, name in enumerate(names):
         folder = (tmp_path / f"{i + 1}" / name).parent
@@ -92,7 +156,7 @@ def test_each_file_of_a_list_goes_where_its_name_says(tmp_path, monkeypatch):
         )
         (folder / Path(name).name).write_text(text)
     messages = pd.concat([read_messages(tmp_path / f"{i + 1}", i) for i in range(4)], ignore_index=True)
-    assert split_notes(messages, 4) == [
+    assert split_notes(messages, [tmp_path / f"{i + 1}" for i in range(4)]) == [
         "trained on: my_train.jsonl",
         "held out: part/valid.json",
         "left out: test.jsonl",
@@ -105,7 +169,7 @@ def test_each_file_of_a_list_goes_where_its_name_says(tmp_path, monkeypatch):
         3: "train",
     }
     check_funnel(funnel)
-    assert split_notes(messages[messages["dataset"] == 3], 0) == []  # no name states a split: nothing to say
+    assert split_notes(messages[messages["dataset"] == 3], []) == []  # no name states a split: nothing to say
 
 
 def test_a_test_split_alone_is_an_error_that_says_so():

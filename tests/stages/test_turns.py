@@ -3,7 +3,7 @@
 import pytest
 
 from stages.common.errors import StageError
-from stages.conversations.messages import left_out_notes, read_messages
+from stages.conversations.messages import Counts, left_out_notes, read_messages
 from tests.support.conversations import check_funnel, run
 from tests.support.rows import message, write_jsonl
 
@@ -113,14 +113,17 @@ def test_flags_and_more_than_text_hold_for_messages_of_trees_too(tmp_path):
     reply = {"message_id": "c.1", "role": "assistant", "text": "A", "train": False, "mood": "good"}
     nested = {"message_tree_id": "c", "prompt": {**tree, "replies": [reply]}, "origin": "web"}
     write_jsonl(tmp_path / "mine.jsonl", [*flat, nested, message("b.1", "b", tool_calls=[{"id": "x"}])])
-    notes: list[str] = []
-    table = read_messages(tmp_path, 0, notes)
+    counts = Counts()
+    table = read_messages(tmp_path, 0, counts)
     assert dict(zip(table["message_id"], table["trained"], strict=True)) == {
         **{"a": True, "a.1": False, "b": True, "c": True, "c.1": False},
         "mine-5.0": True,
     }
     assert list(table["why"].dropna()) == ["mine.jsonl line 5: tool calls (`tool_calls`) cannot be trained on"]
-    assert set(notes[0].removeprefix("columns that are not read: ").split(", ")) == {"mood (1 rows)", "origin (1 rows)"}
+    assert set(counts.notes()[0].removeprefix("columns that are not read: ").split(", ")) == {
+        "mood (1 rows)",
+        "origin (1 rows)",
+    }
 
 
 @pytest.mark.parametrize(
@@ -146,8 +149,8 @@ def test_what_is_more_than_text_is_refused_by_name_or_skipped(tmp_path, extra, w
 
 def test_columns_that_are_not_read_are_listed_once(tmp_path):
     write_jsonl(tmp_path / "mine.jsonl", rows_of([("user", "Q#", {"name": "Ann"}), TALK[1]], source="web", lang="en"))
-    notes: list[str] = []
-    read_messages(tmp_path, 0, notes)
-    [note] = notes
+    counts = Counts()
+    read_messages(tmp_path, 0, counts)
+    [note] = counts.notes()
     assert note.startswith("columns that are not read: ")
     assert "source (12 rows)" in note and "messages.name (12 rows)" in note and "lang" not in note

@@ -3,8 +3,8 @@
 import pandas as pd
 
 from stages.common.schema import PrepareParams
+from stages.conversations.held_out import by_hash
 from stages.conversations.messages import message_row
-from stages.conversations.splits import held_out
 from stages.prepare import prepare
 from tests.support.rows import message
 
@@ -36,7 +36,9 @@ def params(**changes) -> PrepareParams:
 def frame(rows: list[dict], split: str | None = None) -> pd.DataFrame:
     """The table of messages of flat OASST1 rows."""
     table = pd.DataFrame([message_row(row, split=split) for row in rows])
-    return table.astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"}).assign(dataset=0)
+    return table.astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"}).assign(
+        row=range(len(table)), dataset=0
+    )
 
 
 def run(rows, **changes):
@@ -47,8 +49,8 @@ def run(rows, **changes):
 
 
 def trees_in_both_splits() -> list[dict]:
-    """Two plain trees, the first held out by seed 0, the second not, so that neither split is ever empty."""
-    names = [next(f"{side}{i}" for i in range(99) if held_out(f"{side}{i}", 0.5, 0) is side) for side in (True, False)]
+    """Two plain trees, so that neither split is ever empty. Of the two alone, the first is held out by seed 0."""
+    names = [text.removeprefix("text of ") for text in by_hash([f"text of pair{i}" for i in range(2)], 0)]
     return [row for n in names for row in (message(n, role="prompter"), message(f"{n}.a", n))]
 
 

@@ -59,7 +59,7 @@ def card(name: str) -> dict:
     dataset = {"source": "ada/trees", "revision": "9" * 40, "license": "apache-2.0"}
     return {
         "name": name,
-        "base_model": {"source": "file:data/local/tiny", "revision": None, "license": None},
+        "base_model": {"source": "file:models/local/tiny", "revision": None, "license": None},
         "datasets": [dataset] if name == "tuned" else [],
         "training": {"params": {"lora_r": 16}} if name == "tuned" else None,
         "system_prompt": "You are a helpful assistant.",

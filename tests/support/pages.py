@@ -13,7 +13,9 @@ PAGES = sorted([README, *ROOT.glob("docs/*.md"), *ROOT.glob("data/*/README.md"),
 INVENTED = {"judge", "use_dora"}
 EXAMPLES = {
     "data/local/mine.jsonl",
+    "data/local/mine.jsonl.dvc",
     "data/local/conversations.jsonl",
+    "models/local/mine",
     "stages/judge.py",
     "tests/stages/test_judge.py",
     "owner/name",

@@ -24,10 +24,12 @@ TINY_TRAINING = {
 # Another valid value of each key, by the stages that a change of it must rerun first, written again by hand.
 OTHER_VALUES: dict[str, dict[str, Any]] = {
     "fetch": {
-        "base_model": "file:data/local/other",
-        "base_model_revision": "sha256:" + "0" * 64,
         "dataset": "file:data/local/other.jsonl",
         "dataset_revision": "sha256:" + "0" * 64,
+    },
+    "fetch_model": {
+        "base_model": "file:models/local/other",
+        "base_model_revision": "sha256:" + "0" * 64,
     },
     "prepare": {
         "dataset_weights": [0.5],

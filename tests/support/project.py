@@ -31,7 +31,7 @@ ships = pytest.mark.skipif(
 )
 
 TINY = {
-    "base_model": "file:data/local/tiny",
+    "base_model": "file:models/local/tiny",
     "base_model_revision": None,
     "dataset": "file:data/local/trees.jsonl",
     "dataset_revision": None,
@@ -66,8 +66,9 @@ COPIED = (
     "space",
     "recipes",
     "data/sample",
-    "data/local",
+    "data/local/README.md",
     "models/README.md",
+    "models/local/README.md",
     ".dvc/.gitignore",
     ".dvc/config",
 )
@@ -229,7 +230,7 @@ def timed_repro(project: Project, *target: str) -> tuple[str, dict[str, float]]:
 
 def make_tiny(project: Project, tiny_llama: Path) -> Project:
     """Give `project` a tiny Llama and 40 small trees, so that a complete `dvc repro` takes a minute or two."""
-    shutil.copytree(tiny_llama, project.folder / "data/local/tiny")
+    shutil.copytree(tiny_llama, project.folder / "models/local/tiny")
     write_jsonl(project.folder / "data/local/trees.jsonl", small_trees(40))
     project.set(**TINY)
     project.commit("tiny recipe")

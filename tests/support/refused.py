@@ -16,7 +16,7 @@ OLD = "of an earlier run\n"
 # What tells a user where to turn: a path or key to correct, or a command to run.
 HOW_TO_FIX = re.compile(
     r"dvc repro|make all|in params\.yaml|recipe|Fix|Correct|[Ss]et |Put |[Rr]aise|Move|Choose|[Ll]oosen|Delete|Copy"
-    r"|must (be|have|match) |see the table|did you mean |use one of: "
+    r"|must (be|have|match) |see the table|did you mean |use one of: |write file:"
 )
 
 

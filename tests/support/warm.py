@@ -34,7 +34,7 @@ READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
 PACKAGES = ("stages", "commands")  # the project's own
 BUILDER = "onnxruntime_genai.models.builder"
 MODULES = (*PACKAGES, "dvc", BUILDER, "tests.support.selection")
-LIBRARIES = ("stages.fetch", "stages.train", "stages.merge", "stages.evaluate", "stages.export", "commands.plan")
+LIBRARIES = ("stages.fetch_model", "stages.train", "stages.merge", "stages.evaluate", "stages.export", "commands.plan")
 LIBRARIES += (BUILDER, "dvc.cli", "dvc.repo", "dvc.commands.repro")
 MAX_REQUEST = 1 << 16
 

@@ -52,27 +52,29 @@ MODELS = {
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_that_cannot_be_used_is_refused_when_it_is_fetched(case, folder, tiny_llama, capsys):
     damage, said = MODELS[case]
-    damage(shutil.copytree(tiny_llama, folder / "data/local/tiny") and folder / "data/local/tiny")
-    write_jsonl(folder / "data/local/trees.jsonl", small_trees(2))
-    line = refused("fetch", capsys)
+    damage(shutil.copytree(tiny_llama, folder / "models/local/tiny"))
+    line = refused("fetch_model", capsys)
     assert said in line and ".partial" not in line, line
 
 
 LOCAL = {
-    "no data": ({"dataset": "file:data/local/none.jsonl"}, "data/local/none.jsonl does not exist"),
-    "no model": ({"base_model": "file:data/local/none"}, "data/local/none does not exist"),
-    "a file outside": ({"dataset": "file:params.yaml"}, "is outside data/local"),
-    "another version": ({"dataset_revision": "sha256:" + "0" * 64}, "is not the pinned sha256:000"),
+    "no data": ("fetch", {"dataset": "file:data/local/none.jsonl"}, "data/local/none.jsonl does not exist. Correct"),
+    "a name misspelt": ("fetch", {"dataset": "file:data/local/tree.jsonl"}, "exist. Did you mean trees.jsonl? Correct"),
+    "no model": ("fetch_model", {"base_model": "file:models/local/none"}, "models/local/none does not exist"),
+    "a file outside": ("fetch", {"dataset": "file:params.yaml"}, "is outside data/local"),
+    "a model beside the data": ("fetch_model", {"base_model": "file:data/local/model"}, "is outside models/local"),
+    "another version": ("fetch", {"dataset_revision": "sha256:" + "0" * 64}, "is not the pinned sha256:000"),
 }
 
 
 @pytest.mark.parametrize("case", LOCAL)
 def test_a_source_that_is_not_as_named(case, folder, tiny_llama, capsys):
-    changes, said = LOCAL[case]
-    shutil.copytree(tiny_llama, folder / "data/local/tiny")
+    stage, changes, said = LOCAL[case]
+    for path in ("models/local/tiny", "data/local/model"):
+        shutil.copytree(tiny_llama, folder / path)
     write_jsonl(folder / "data/local/trees.jsonl", small_trees(2))
     set_params(folder, **changes)
-    assert said in refused("fetch", capsys)
+    assert said in refused(stage, capsys)
 
 
 def test_the_table_is_long():

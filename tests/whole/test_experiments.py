@@ -5,10 +5,11 @@ import json
 import re
 
 import pytest
+from ruamel.yaml import YAML
 
 from stages.common.artifacts import digest_files
-from tests.support.project import PIPELINE, RECIPE, STAGES, Project, error_line, outputs_of, stages_run
-from tests.support.rows import small_trees, write_jsonl
+from tests.support.project import PIPELINE, RECIPE, STAGES, Project, error_line, outputs_of, stages_run, wait_for
+from tests.support.rows import message, small_trees, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +82,8 @@ def test_metrics_are_read_in_120_columns_after_a_change_of_data(after_experiment
         row["lang"] = "de"
     write_jsonl(after_experiment.folder / "data/local/trees.jsonl", trees)
     after_experiment.set(languages=[])
-    assert stages_run(after_experiment.run("dvc", "repro", "evaluate").stdout) == STAGES[:-1]
+    said = after_experiment.run("dvc", "repro", "evaluate").stdout
+    assert stages_run(said) == [stage for stage in STAGES if stage not in ("fetch_model", "export")]
     check_width(after_experiment)
 
 
@@ -123,8 +125,71 @@ def test_a_wrong_value_of_a_later_stage_is_refused_first(changes, said, finished
     assert error_line(refused).startswith(said) and stages_run(refused.stdout) == ["fetch"]
 
 
+# Experiments in a folder of their own ------------------------------------------------------------------------------
+
+ASIDE = ("dvc", "exp", "run", "--temp", "--name", "aside")
+
+
+def track(project: Project) -> Project:
+    """Have git track the data and the model, which it would ignore."""
+    project.git("add", "--force", "data/local", "models/local")
+    project.commit("data and model")
+    return project
+
+
+def rows_read(project: Project, experiment: str) -> int:
+    """The messages that an experiment's data set has, from the record of it that git and DVC keep."""
+    ref = next(ref for ref in project.git("for-each-ref", "--format=%(refname)").split() if ref.endswith(experiment))
+    lock = YAML(typ="safe").load(project.git("show", f"{ref}:dvc.lock"))
+    (md5,) = [out["md5"] for out in lock["stages"]["prepare"]["outs"] if out["path"] == "reports/funnel.json"]
+    return json.loads((project.folder / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}").read_text())["read"]["messages"]
+
+
 def test_a_temporary_experiment_finds_everything_and_leaves_the_project_alone(finished_project):
+    track(finished_project)
     before = digest_files([finished_project.folder / "models"])
-    result = finished_project.run("dvc", "exp", "run", "--temp", "--name", "aside", "-S", "max_steps=3", "train")
+    result = finished_project.run(*ASIDE, "-S", "max_steps=3", "train")
     assert stages_run(result.stdout) == ["train"]
     assert digest_files([finished_project.folder / "models"]) == before
+
+
+def test_private_data_are_refused_in_a_folder_of_their_own_until_dvc_has_them(finished_project):
+    folder = finished_project.folder
+    assert finished_project.git("status", "--porcelain", "data", "models") == ""  # git ignores them
+    refused = error_line(finished_project.run(*ASIDE, "prepare", check=False))
+    assert refused == (
+        "error: data/local/trees.jsonl is not in this experiment's folder: with --temp and --queue, DVC copies only "
+        "tracked files. Run `dvc add data/local/trees.jsonl` and `git add data/local/trees.jsonl.dvc`, or `git add "
+        "--force data/local/trees.jsonl`, then the experiment again."
+    )
+    finished_project.run("dvc", "add", "data/local/trees.jsonl", "models/local/tiny")
+    refused = error_line(finished_project.run(*ASIDE, "prepare", check=False))
+    assert "Run `git add data/local/trees.jsonl.dvc`, then" in refused
+    finished_project.git("add", "data", "models")
+    # What stands there now, not what was added: by --temp, and by --queue even after another change.
+    write_jsonl(folder / "data/local/trees.jsonl", small_trees(42))
+    assert stages_run(finished_project.run(*ASIDE, "prepare").stdout) == ["fetch", "prepare"]
+    assert rows_read(finished_project, "aside") == 84
+    write_jsonl(folder / "data/local/trees.jsonl", small_trees(43))
+    finished_project.run("dvc", "exp", "run", "--queue", "--name", "queued", "prepare")
+    write_jsonl(folder / "data/local/trees.jsonl", small_trees(44))
+    finished_project.run("dvc", "queue", "start")
+    wait_for(lambda: not re.search("Running|Queued", finished_project.run("dvc", "queue", "status").stdout))
+    assert rows_read(finished_project, "queued") == 86
+
+
+def test_a_folder_of_which_git_tracks_a_part_is_refused_by_whichever_stage_runs_first(finished_project):
+    """The data are up to date by DVC's records: without a check the training would go on with a part of them."""
+    folder = finished_project.folder
+    write_jsonl(folder / "data/local/mine/a.jsonl", small_trees(40))
+    finished_project.set(dataset="file:data/local/mine")
+    track(finished_project)
+    finished_project.run("dvc", "repro", "train")
+    finished_project.commit("a folder of data")
+    write_jsonl(folder / "data/local/mine/b.jsonl", [message("x", role="prompter"), message("x.a", "x")])
+    refused = finished_project.run(*ASIDE, "-S", "max_steps=3", "train", check=False)
+    assert stages_run(refused.stdout) == ["train"]
+    assert error_line(refused).startswith("error: data/local/mine/b.jsonl is not in this experiment's folder")
+    assert "`git add --force data/local/mine`" in error_line(refused)
+    track(finished_project)
+    assert stages_run(finished_project.run(*ASIDE, "-S", "max_steps=3", "train").stdout)[:2] == ["fetch", "prepare"]

@@ -86,7 +86,7 @@ def check_a_full_disk(project: Project, stage: str, folder: Path, disk: SmallDis
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param(["fetch", "prepare"], id="fetch and prepare"),
+        pytest.param(["fetch_model", "prepare"], id="fetch_model and prepare"),
         pytest.param(STAGES, marks=pytest.mark.long, id="all"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(stages, cold_project, small_d
     left_out = shutil.ignore_patterns(".git", ".home", "cache", "__pycache__")
     shutil.copytree(cold_project.folder, folder, ignore=left_out)
     for stage in stages:
-        rooms = (0,) if stage == "prepare" else (8 << 10,) if len(stages) < len(STAGES) else (0, 8 << 10)
+        rooms = (0,) if stage in ("fetch", "prepare") else (8 << 10,) if len(stages) < len(STAGES) else (0, 8 << 10)
         check_a_full_disk(cold_project, stage, folder, small_disk, rooms)
 
 
@@ -127,16 +127,16 @@ def test_a_disk_too_full_for_dvcs_cache_loses_nothing(tiny_project, small_disk):
     """The stage has room for its outputs, DVC none for its copies of them."""
     folder = small_disk.path / "project"
     shutil.copytree(tiny_project.folder, folder, ignore=shutil.ignore_patterns(".home", "__pycache__"))
-    small_disk.run(tiny_project, "dvc", "repro", "fetch")
+    small_disk.run(tiny_project, "dvc", "repro", "fetch", "fetch_model")
     expected = (folder / "dvc.lock").read_bytes()
     made = sum(path.stat().st_size for name in ("data/raw", "models/base") for path in (folder / name).rglob("*"))
     for name in ("dvc.lock", "data/raw", "models/base", ".dvc/cache"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     small_disk.fill(made + (64 << 10))
-    result = small_disk.run(tiny_project, "commands", "repro", "fetch")
+    result = small_disk.run(tiny_project, "commands", "repro", "fetch", "fetch_model")
     assert result.returncode != 0 and "No space left on device" in result.stderr and "Traceback" not in result.stderr
     small_disk.empty()
-    again = small_disk.run(tiny_project, "commands", "repro", "fetch")
+    again = small_disk.run(tiny_project, "commands", "repro", "fetch", "fetch_model")
     assert again.returncode == 0, again.stderr[-3000:]
     assert (folder / "dvc.lock").read_bytes() == expected

@@ -28,7 +28,8 @@ def test_the_reference_recipe_runs_from_the_hub(reference, hub, home):
     before, fetched = len(hub.requests), [project.folder / "models/base", project.folder / "data/raw"]
     bytes_before = digest_files(fetched)
     shutil.rmtree(fetched[0])
-    run("dvc", "repro", "--force", "--single-item", "fetch", HF_HUB_OFFLINE="1")
+    for stage in ("fetch", "fetch_model"):
+        run("dvc", "repro", "--force", "--single-item", stage, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
     assert digest_files(fetched) == bytes_before
     assert not (home / "token").exists()

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from commands.lockfile import read_lock
 from stages.common.artifacts import digest_files
 from tests.support.project import STAGES, stages_run
+from tests.support.rows import small_trees, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +57,16 @@ def test_nothing_runs_where_nothing_changed(finished_project):
     again = finished_project.run("dvc", "repro")
     assert stages_run(again.stdout) == [] and "up to date" in again.stdout
     assert finished_project.git("status", "--porcelain") == ""
+
+
+def test_a_new_data_file_costs_no_model(finished_project):
+    folder = finished_project.folder
+    before = read_lock(folder)
+    write_jsonl(folder / "data/local/another.jsonl", small_trees(2))
+    assert stages_run(finished_project.run("dvc", "repro").stdout) == ["fetch"]
+    after = read_lock(folder)
+    assert [name for name in after if after[name] != before[name]] == ["fetch"]
+    assert finished_project.git("status", "--porcelain") == " M dvc.lock\n"  # the file is private
 
 
 PLACES = {

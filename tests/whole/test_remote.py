@@ -7,7 +7,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from stages.common.artifacts import digest_files
-from tests.support.project import STAGES, Project, outputs_of
+from tests.support.project import STAGES, Project, outputs_of, stages_run
 
 pytestmark = pytest.mark.slow
 MADE = [path for stage in STAGES for path in outputs_of(stage)]
@@ -34,6 +34,10 @@ def test_who_pulls_has_nothing_to_run(finished_project, s3, tmp_path):
     ours = finished_project
     ours.run("dvc", "remote", "add", "--default", "team", "s3://team/chat")
     ours.run("dvc", "remote", "modify", "team", "endpointurl", s3)
+    # What git ignores is shared by DVC: the data, and here the base model.
+    for path in ("data/local/trees.jsonl", "models/local/tiny"):
+        ours.run("dvc", "add", path)
+    assert stages_run(ours.run("dvc", "repro").stdout) == ["fetch", "fetch_model"]
     ours.commit("a remote")
     pushed = ours.run("dvc", "push", **KEYS)
     assert "pushed" in pushed.stdout

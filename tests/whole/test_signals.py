@@ -105,11 +105,11 @@ def test_a_stage_whose_dvc_was_killed_is_waited_for(cold_project, tmp_path):
 
 
 def test_a_stage_that_is_stopped_clears_up_and_says_so(cold_project):
-    process = cold_project.start("stages", "fetch")
+    process = cold_project.start("stages", "fetch_model")
     wait_for(lambda: list(cold_project.folder.glob("*/.*.partial")) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert said.splitlines()[-1] == "error: stopped before the end. No output was changed; `dvc repro` resumes."
     assert not list(cold_project.folder.glob("*/.*.partial"))
-    assert cold_project.run("dvc", "status", "fetch").stdout.strip().endswith("up to date.")
+    assert cold_project.run("dvc", "status", "fetch_model").stdout.strip().endswith("up to date.")

@@ -57,6 +57,8 @@ def test_experiments_beside_each_other_do_not_disturb_each_other(cold_project):
     def settings(steps: int) -> list[str]:
         return ["-S", f"max_steps={steps}", "-S", "save_steps=1"]
 
+    cold_project.git("add", "--force", "data/local", "models/local")
+    cold_project.commit("data and model")
     for steps in (1, 2, 3):
         result = cold_project.run("dvc", "exp", "run", "--temp", "--name", f"alone-{steps}", *settings(steps))
         assert stages_run(result.stdout)[-1] in ("evaluate", "export")
