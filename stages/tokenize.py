@@ -188,7 +188,10 @@ def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, li
         )
     tokenizer = load_tokenizer(BASE)
     if not tokenizer.is_fast:
-        raise StageError(f"{BASE} has no fast tokenizer (tokenizer.json), needed to find the assistant's tokens.")
+        raise StageError(
+            f"{BASE} has no fast tokenizer (tokenizer.json), needed to find the assistant's tokens. "
+            "Choose a base_model that has one."
+        )
     name = f"chat_template: {params.chat_template}"
     ends = set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config.vocab_size, name)
     if len(tokenizer) > config.vocab_size:
