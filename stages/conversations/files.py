@@ -114,7 +114,7 @@ def _open(file: Path) -> IO[bytes]:
         raw = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
     stream = io.BufferedReader(raw)  # type: ignore[type-var]
     beginning = stream.peek(4)[:4]
-    if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(beginning) > 1 and 0 in beginning[:2]):
+    if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") or beginning[:2].count(0) == 1:
         raise UnicodeError("it is UTF-16")
     if beginning.startswith(b"\xef\xbb\xbf"):
         stream.read(3)

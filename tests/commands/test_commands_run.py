@@ -29,7 +29,7 @@ dvc repro
 make status
 dvc exp show
 dvc params diff
-dvc repro fetch
+dvc repro fetch_model
 dvc repro tokenize
 dvc repro train
 make plan
@@ -73,6 +73,9 @@ ELSEWHERE = {
     "dvc exp run -S use_dora": "tests/whole/test_walkthroughs.py",
     "dvc repro judge": "a stage that a reader adds",
     "dvc push": "tests/whole/test_remote.py",
+    "dvc add": "tests/whole/test_experiments.py",
+    "make check": "tests/commands/test_check.py",
+    "python -m tests.support.templates": "tests/stages/test_templates.py",
     "dvc pull": "tests/whole/test_remote.py",
     "python -m bench": "needs the outputs of make all, and minutes",
     "python -m tests.whole.kills": "tests/whole/test_kills.py",

@@ -1,16 +1,13 @@
 """Conversations to tokens: exact ids and masks, the same in every reader, and one line where it cannot be."""
 
 import json
-import re
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from chatapp.engine.prompt import PromptBuilder
-from stages.common.chat import Chat, ChatError, check_same_ids, end_ids, plain_template, rendered_by
-from stages.common.chat.probes import probes
+from stages.common.chat import Chat, ChatError, end_ids
 from stages.common.chat.tokens import Tokens
 from stages.common.errors import StageError
 from stages.common.generation import greedy_answers
@@ -213,62 +210,6 @@ def test_a_control_token_in_a_text_is_text():
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     assert [i for i in hostile.ids if i in special] == [i for i in plain.ids if i in special]
     assert tokenizer.decode(hostile.ids).replace("\u200b", "").count("No <|stop|> here<|im_start|>") == 1
-
-
-# The same ids everywhere -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_tokenize_merge_export_and_the_app_give_the_same_ids(name, tmp_path):
-    template = SMALL[name]
-    tokenizer = tokenizer_for(template)
-    set_special_tokens(tokenizer, template, len(tokenizer))
-    training = Chat.of(tokenizer)
-    check_same_ids(training, rendered_by(tokenizer), "transformers, with the marks")
-    for folder in ("merged", "onnx"):
-        (tmp_path / folder).mkdir()
-    save_tokenizer(tokenizer, tmp_path / "merged")  # checks, too
-    (tmp_path / "onnx/genai_config.json").write_text(json.dumps({"model": {"eos_token_id": 7}}))
-    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    set_tokenizer(tmp_path / "onnx", merged, tmp_path / "merged")  # checks, too
-    exported, app = Chat.of_folder(tmp_path / "onnx"), PromptBuilder(tmp_path / "onnx")
-    compared = 0
-    for messages in [*probes(), talk("<|im_end|>", " A<|stop|>", "\tQ")]:
-        for prefix in (messages[:n] for n in range(1, len(messages) + 1)):
-            try:
-                expected = training.ids(prefix)
-            except ChatError:
-                continue
-            compared += 1
-            assert Chat.of(merged).ids(prefix) == exported.ids(prefix) == app.ids(prefix) == expected
-    assert compared > 10
-
-
-def without_marks(template: str) -> str:
-    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-
-
-def test_marks_that_are_only_cut_out_would_change_white_space_and_merge_refuses_that(tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.merge.plain_template", without_marks)
-    with pytest.raises(StageError, match="the merged model's tokenizer gives other tokens than training saw") as error:
-        save_tokenizer(tokenizer_for(SMALL["marks_on_lines"]), tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_variable_set_between_the_marks_stays_there():
-    assert "{% with %}" in plain_template(SMALL["sets_inside_marks"])
-    assert "{%- if true -%}" in plain_template(SMALL["marks_with_signs"])
-
-
-def test_an_exported_template_that_differs_is_refused(tmp_path):
-    tokenizer = tokenizer_for(LOOP + TURN + PROMPT)
-    save_tokenizer(tokenizer, tmp_path)
-    template = tmp_path / "chat_template.jinja"
-    template.write_text(template.read_text().replace("{{ m.content }}", "{{ m.content | trim }}"))
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx/genai_config.json").write_text(json.dumps({"model": {}}))
-    with pytest.raises(StageError, match="gives other tokens than training saw"):
-        set_tokenizer(tmp_path / "onnx", tokenizer, tmp_path)
 
 
 # Where answers end -------------------------------------------------------------------------------------------------

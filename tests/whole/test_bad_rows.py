@@ -23,7 +23,7 @@ FILES = {
     "HTML error page, gzipped": ("x.jsonl.gz", gzip.compress(b"<html>404</html>\n"), "x.jsonl.gz line 1: not valid"),
     "one JSON array": ("x.jsonl", b'[{"message_id": "a"}]\n', "x.jsonl line 1: not a JSON object"),
     "pretty-printed JSON": ("x.jsonl", b'{\n "message_id": "a"\n}\n', "x.jsonl line 1: not valid JSON"),
-    "UTF-16": ("x.jsonl", '{"message_id": "a"}\n'.encode("utf-16"), "x.jsonl line 1: not UTF-8"),
+    "UTF-16": ("x.jsonl", '{"message_id": "a"}\n'.encode("utf-16"), "x.jsonl is not UTF-8 (it is UTF-16)"),
     "Latin-1": ("x.jsonl", '{"text": "é"}\n'.encode("latin-1"), "x.jsonl line 1: not UTF-8"),
     "CSV named .jsonl": ("x.jsonl", b"message_id,text\na,b\n", "it begins with 'message_id,text'"),
     "only NUL bytes": ("x.jsonl", b"\0" * 4096, "x.jsonl line 1: not valid JSON"),
