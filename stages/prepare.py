@@ -27,6 +27,7 @@ from stages.conversations.filters import (
 )
 from stages.conversations.held_out import hold_out
 from stages.conversations.known import check_known
+from stages.conversations.left_out import check_left, left_out_table, left_out_warnings
 from stages.conversations.messages import check_bad_rows, check_unsupported, left_out_notes, read_messages
 from stages.conversations.selection import Selection
 from stages.conversations.splits import settle_splits, threads_by_split
@@ -53,6 +54,7 @@ def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd
     selection = hold_out(keep_threads(selection, THREAD_FILTERS, params), params)
     selection = keep_threads(selection, REPETITIONS, params)
     splits = threads_by_split(selection, params)
+    check_left(splits, selection)
     if params.dataset_weights is not None:
         used = {ids for threads in splits.values() for ids in threads}
         selection = selection.keep_threads([ids in used for ids in selection.threads], "below_weight")
@@ -79,7 +81,8 @@ def main() -> None:
         for name, conversations in splits.items():
             conversations.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "params.json", params.model_dump())
-    kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
-    print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
     held, trees = (sum(funnel["kept"][name]["trees"] for name in names) for names in (["validation"], funnel["kept"]))
     print(f"prepare: held out {held} of {trees} trees ({held / trees:.1%})")
+    print("\n".join(left_out_table(funnel)), flush=True)
+    for warning in left_out_warnings(funnel):
+        print(warning, file=sys.stderr, flush=True)

@@ -97,7 +97,12 @@ class TokenizeParams(Section):
         description="A file of stages/templates/ (chatml, phi2), or model for the base model's own template.",
     )
     max_length: int = Field(
-        ge=16, description="Tokens a conversation may have; a longer one loses complete turns from its end."
+        ge=16, description="Tokens a conversation may have; a longer one loses complete turns (truncation_side)."
+    )
+    truncation_side: Literal["right", "left"] = Field(
+        default="right",
+        description="What a too long conversation loses: right, its last turns; left, its first turns after the system "
+        "message.",
     )
 
 
