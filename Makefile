@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/installed
 NAME ?=
 PORT ?= 7860
 SPACE ?=
+DATA ?=
 DRY ?=
 # Tests in two processes; those that share an expensive fixture stay together (GROUPS in tests/conftest.py).
 PARALLEL := --numprocesses 2 --dist loadgroup
@@ -25,7 +26,7 @@ endef
 export LEND_IDENTITY
 
 .DEFAULT_GOAL := help
-.PHONY: help all serve chat space deploy test test-long test-fast lint docs plan recipe verify status clean lock setup
+.PHONY: help all serve chat space deploy test test-long test-fast lint docs check plan recipe verify status clean lock setup
 
 help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -62,6 +63,9 @@ lint: setup  ## Check style (ruff) and types (mypy).
 
 docs: setup  ## Write docs/parameters.md and the comments of params.yaml and recipes/ from the parameters' descriptions.
 	@$(PY) -m commands docs
+
+check: setup  ## Show what training would make of a data file or folder: make check DATA=data/local/mine.jsonl
+	@$(PY) -m commands check "$(DATA)"
 
 plan: setup  ## Report what a run needs (memory, disk, time) and whether this machine has it, before any download.
 	@$(PY) -m commands plan

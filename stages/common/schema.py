@@ -70,6 +70,10 @@ class PrepareParams(Section):
     languages: list[str] = Field(
         description="Languages to keep, as the data name them (pt-BR, uk-UA, …); [] keeps all."
     )
+    detect_languages: bool = Field(
+        default=False,
+        description="Detect the language of conversations that state none; short or unclear ones stay unknown.",
+    )
     min_quality: Annotated[float, Field(ge=0, le=1)] | None = Field(
         description="Drop answers whose quality label (0 to 1) is lower; null drops none."
     )

@@ -19,11 +19,12 @@ def normalised(text: str) -> str:
 
 
 def first_copies(selection: Selection, params: PrepareParams) -> list[bool]:
-    """Which threads are the first with their normalised texts."""
-    text = selection.values("text")
+    """Which threads are the first with their normalised texts, system messages included."""
+    text, system = selection.values("text"), selection.values("system")
     first: dict[tuple[str, ...], Thread] = {}
     for ids in _held_out_first(selection):
-        first.setdefault(tuple(normalised(text[i]) for i in ids), ids)
+        systems = [f"{at} {system[i]}" for at, i in enumerate(ids) if isinstance(system[i], str)]
+        first.setdefault(tuple(normalised(each) for each in (*(text[i] for i in ids), *systems)), ids)
     chosen = set(first.values())
     return [ids in chosen for ids in selection.threads]
 

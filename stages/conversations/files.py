@@ -37,12 +37,15 @@ class Format(NamedTuple):
     read: Callable[[Path], Rows]
 
 
-def data_files(folder: Path) -> list[Path]:
-    """The data files of a folder and its subfolders, by path. Raises StageError when there is none."""
+def data_files(folder: Path, source: str | None = None) -> list[Path]:
+    """The data files of a folder and its subfolders, by path. Raises StageError, which names the folder or the data
+    set's `source`, when there is none."""
     files = sorted(path for path in folder.rglob("*") if _is_data(path, folder))
     if not files:
         *others, last = (form.ending for form in FORMATS)
-        raise StageError(f"{folder} holds no {', '.join(others)} or {last} file. Check `dataset` in params.yaml.")
+        raise StageError(
+            f"{source or folder} holds no {', '.join(others)} or {last} file. Check `dataset` in params.yaml."
+        )
     return files
 
 
@@ -55,8 +58,18 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 
 def name_in(file: Path, folder: Path) -> str:
-    """A data file's path inside its folder, as error lines show it."""
+    """A data file's path inside its folder."""
     return file.relative_to(folder).as_posix()
+
+
+def known_as(name: str, source: str | None) -> str:
+    """A data file, by its name in data/raw/…, as the user knows it: its own path, or the source that it is from."""
+    if source is None:
+        return name
+    if not source.startswith("file:"):
+        return f"{source}: {name}"
+    path = Path(source.removeprefix("file:"))
+    return str(path if path.name == name else path / name)
 
 
 def format_of(file: Path) -> Format:

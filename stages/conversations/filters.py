@@ -14,9 +14,11 @@ from stages.conversations.duplicates import dissimilar, first_copies, new_questi
 from stages.conversations.messages import UNKNOWN
 from stages.conversations.selection import Selection
 from stages.conversations.threads import answered, reachable, right_roles
+from stages.conversations.turns import GREETING, LATE_SYSTEM, SYSTEM_AT_END, UNSUPPORTED
 
 Filter = tuple[str, str | None, Callable[[pd.DataFrame, PrepareParams], pd.Series | None]]
 ThreadFilter = tuple[str, str | None, Callable[[Selection, PrepareParams], Sequence[bool] | None]]
+LEAK = "question_is_held_out"
 
 
 def not_left_out(messages: pd.DataFrame, reason: str) -> pd.Series | None:
@@ -27,9 +29,10 @@ def not_left_out(messages: pd.DataFrame, reason: str) -> pd.Series | None:
 
 # Rows that are messages of a tree.
 VALID: tuple[Filter, ...] = (
-    ("unsupported", "unsupported_rows", lambda messages, params: not_left_out(messages, "unsupported")),
-    ("late_system", None, lambda messages, params: not_left_out(messages, "late_system")),
-    ("greeting", None, lambda messages, params: not_left_out(messages, "greeting")),
+    (UNSUPPORTED, "unsupported_rows", lambda messages, params: not_left_out(messages, UNSUPPORTED)),
+    (LATE_SYSTEM, None, lambda messages, params: not_left_out(messages, LATE_SYSTEM)),
+    (GREETING, None, lambda messages, params: not_left_out(messages, GREETING)),
+    (SYSTEM_AT_END, None, lambda messages, params: not_left_out(messages, SYSTEM_AT_END)),
     ("bad_row", "max_bad_rows", lambda messages, params: messages["bad"].isna()),
     ("empty", None, lambda messages, params: messages["text"].str.strip() != ""),
     ("duplicate_id", None, lambda messages, params: ~messages["message_id"].duplicated()),
@@ -110,9 +113,9 @@ THREAD_FILTERS: tuple[ThreadFilter, ...] = (
 
 # Threads that repeat others, once it is settled which are held out.
 REPETITIONS: tuple[ThreadFilter, ...] = (
+    (LEAK, None, new_questions),  # first, so that its number is that of the leak, copies included
     ("duplicate_conversation", None, first_copies),
     ("near_duplicate", "max_similarity", dissimilar),
-    ("question_is_held_out", None, new_questions),
 )
 
 

@@ -1,7 +1,7 @@
 """Rows in any form -> message rows. A form is an entry of FORMS: its columns, and how a row becomes messages.
 
 A message row has OASST1's columns (message_id, parent_id, message_tree_id, text, role, …; see `message_row`), and
-`system`, its conversation's own system message, on the first message. Roles are still the form's own names.
+`system`, the system message that stands right before it. Roles are still the form's own names.
 """
 
 import difflib
@@ -10,20 +10,23 @@ from typing import Any, NamedTuple
 
 from stages.conversations.files import Row
 from stages.conversations.turns import (
+    GREETING,
     SWITCHES,
+    SYSTEM_AT_END,
     TURN_FIELDS,
     UNSUPPORTED_FIELDS,
     Turn,
     alternating,
+    fold_system,
     from_json,
     given,
     is_list,
     is_trained,
     is_turns,
     refuse_unsupported,
-    take_system,
     text_of,
     turns_of,
+    without_greeting,
 )
 
 Columns = tuple[str, ...]
@@ -57,6 +60,13 @@ CONTEXT = ("input", "context")  # appended to the question
 SYSTEM = ("system", "system_prompt")
 SHARED = ("lang", "synthetic", "deleted", "detoxify", "labels")  # columns that hold for all messages of a row
 COMMON = {*SHARED, *SYSTEM, *SWITCHES, *UNSUPPORTED_FIELDS, "weight"}
+# The columns of OASST1; some of them, such as user_id, say nothing of a conversation.
+TREE_COLUMNS = {
+    *("message_id", "parent_id", "message_tree_id", "tree_state", "text", "role", "rank", "review_count"),
+    *("review_result", "user_id", "created_date", "model_name", "emojis", "prompt", "replies"),
+    *COMMON.difference(SYSTEM),
+    "system",
+}
 
 
 def form_of(row: Row) -> Form | None:
@@ -74,7 +84,9 @@ def unknown_form(row: Row) -> str:
 
     name, columns = max(((f.name, c) for f in FORMS for c in f.columns), key=lambda pair: likeness(pair[1]))
     shown = ", ".join(found[:12]) or "none"
-    missing = ", ".join(column for column in columns if column not in found) or "none, but a value has a wrong type"
+    missing = ", ".join(column for column in columns if column not in found)
+    if not missing:  # the columns of turns, with something else in them
+        missing = f"none, but {columns[0]} is {ascii(row[columns[0]])[:40]}, no list of turns and no JSON string of one"
     known = "; ".join(dict.fromkeys("/".join(c) for form in FORMS for c in form.columns))
     return (
         f"unknown form. Columns found: {ascii(shown)[1:-1][:200]}. Nearest form: {name} "
@@ -85,9 +97,8 @@ def unknown_form(row: Row) -> str:
 # Nested trees ----------------------------------------------------------------------------------------------------
 
 
-def tree_messages(row: Row, conversation_id: str) -> Iterator[Row]:
-    """The messages of a nested tree, parents before their replies."""
-    tree = {"message_tree_id": row.get("message_tree_id"), "tree_state": row.get("tree_state")}
+def nodes(row: Row) -> Iterator[Row]:
+    """The objects of a nested tree, parents before their replies, which get their parent's id."""
     # An explicit stack: a tree may be deeper than Python recurses. The last reply is pushed first, so that replies are
     # popped in order.
     stack = [row["prompt"]]
@@ -98,7 +109,19 @@ def tree_messages(row: Row, conversation_id: str) -> Iterator[Row]:
             # A reply that is no object becomes an empty row, which is counted as a bad one.
             reply = reply if isinstance(reply, dict) else {}
             stack.append({"parent_id": message.get("message_id"), **reply})
-        yield {**message, **tree}
+        yield message
+
+
+def tree_messages(row: Row, conversation_id: str) -> Iterator[Row]:
+    """The messages of a nested tree, parents before their replies."""
+    tree = {"message_tree_id": row.get("message_tree_id"), "tree_state": row.get("tree_state")}
+    yield from ({**flat_message(message), **tree} for message in nodes(row))
+
+
+def flat_message(row: Row) -> Row:
+    """A message of a tree. Raises RefusedRow when it holds more than text."""
+    refuse_unsupported(row, "")
+    return {**row, "trained": row_is_trained(row)}
 
 
 # Conversations ---------------------------------------------------------------------------------------------------
@@ -139,7 +162,9 @@ def instruction_columns(row: Row) -> Columns | None:
     """The two columns of an instruction row, or None."""
     if "message_id" in row:
         return None
-    return next((columns for columns in INSTRUCTION_COLUMNS if columns[0] in row and columns[1] in row), None)
+    found = [columns for columns in INSTRUCTION_COLUMNS if columns[0] in row and columns[1] in row]
+    filled = (columns for columns in found if given(row[columns[0]]) and given(row[columns[1]]))
+    return next(filled, found[0] if found else None)  # a table has the columns of other rows, too
 
 
 def instruction_messages(row: Row, conversation_id: str) -> Iterator[Row]:
@@ -187,35 +212,39 @@ def row_is_trained(row: Row) -> bool:
 
 
 def chain(turns: list[Turn], conversation_id: str, row: Row) -> Iterator[Row]:
-    """Turns as message rows, each the reply to the one before; the first carries the system message.
+    """Turns as message rows, each the reply to the one before, with the system message that stands before it.
 
-    An answer before the first question is a row of its own, with `left_out`. Raises RefusedRow for a row that would
-    lose a part of its meaning.
+    An answer before the first question, and a system turn behind the last turn, are rows of their own with `left_out`.
+    Raises RefusedRow for a row that would lose a part of its meaning.
     """
     refuse_unsupported(row, "")
+    folded, at_end = fold_system(turns, next((row[name] for name in SYSTEM if given(row.get(name))), None))
+    greeting, talk = without_greeting(folded)
+    talk = list(alternating(talk))
+    reasons = [GREETING] * len(greeting) + [None] * len(talk) + [SYSTEM_AT_END] * len(at_end)
     shared: Row = {key: row[key] for key in SHARED if key in row}
-    system, turns = take_system(turns, next((row[name] for name in SYSTEM if given(row.get(name))), None))
     parent = None
-    for i, turn in enumerate(alternating(turns) if turns else [Turn(None, None)]):
+    for i, (turn, reason) in enumerate(zip([*greeting, *talk, *at_end], reasons, strict=True)):
         message_id = f"{conversation_id}.{i}"
-        is_greeting = i == 0 and turn.role == "assistant"
         yield {
             **shared,
             "message_id": message_id,
             "parent_id": parent,
             "message_tree_id": conversation_id,
             "text": turn.text,
-            "role": turn.role,
-            "system": system if parent is None else None,
+            "role": "user" if reason == SYSTEM_AT_END else turn.role,
+            "system": turn.system,
             "trained": turn.trained,
-            "left_out": "greeting" if is_greeting else None,
+            "left_out": reason,
         }
-        parent = None if is_greeting else message_id
+        parent = None if reason else message_id
 
 
 def unread_columns(row: Row, form: Form) -> Iterator[str]:
     """The columns of a row, and the fields of its turns, that its form does not read."""
     if form.is_tree:
+        for part in (row, *nodes(row)) if isinstance(row.get("prompt"), dict) else (row,):
+            yield from (str(name) for name in part.keys() - TREE_COLUMNS if given(part[name]))
         return
     read = {name for columns in form.columns for name in columns} | COMMON
     if form.name == "instruction":
@@ -261,7 +290,7 @@ FORMS = (
         (("message_id", "text", "role"),),
         OASST_ROLES,
         lambda row: "message_id" in row or {"text", "role"} <= row.keys(),
-        lambda row, conversation_id: [row],
+        lambda row, conversation_id: [flat_message(row)],
         True,
     ),
 )

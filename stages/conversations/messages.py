@@ -1,16 +1,17 @@
 """Message rows -> the table of messages: their fields, checked, with the roles `user` and `assistant`."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from stages.common.errors import StageError
-from stages.conversations.files import Row, data_files, format_of, name_in, read_rows, split_of
+from stages.conversations.files import Row, data_files, format_of, known_as, name_in, read_rows, split_of
 from stages.conversations.forms import OASST_ROLES, form_of, unknown_form, unread_columns
-from stages.conversations.turns import UNSUPPORTED, RefusedRow
+from stages.conversations.turns import GREETING, SYSTEM_AT_END, UNSUPPORTED, RefusedRow
 
 # The fields without which a row is no message; every other field may be missing.
 REQUIRED = ("message_id", "text", "role")
@@ -18,23 +19,47 @@ IDS = ("message_id", "parent_id", "message_tree_id")
 UNKNOWN = "unknown"  # the language of a row that states none
 MAX_NUMBER = 1e300  # Python's integers may be too large for a float
 MAX_SHOWN = 40  # characters of a value in an error line
-MAX_LISTED = 20  # files or columns in a line
+MAX_LISTED = 20  # columns in a line
+TURNS_LEFT_OUT = {GREETING: "begin with an answer", SYSTEM_AT_END: "end with a system message"}
 
 
-def read_messages(folder: Path, dataset: int = 0, notes: list[str] | None = None) -> pd.DataFrame:
+@dataclass
+class Counts:
+    """What is counted while rows are read: all, those of each form, and those with each column that is not read."""
+
+    rows: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def notes(self) -> list[str]:
+        """What a user should know of it, one line each."""
+        if not self.unread:
+            return []
+        most = self.unread.most_common(MAX_LISTED)
+        listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in most)
+        return [f"columns that are not read: {listed}{', …' * (len(self.unread) > MAX_LISTED)}"]
+
+
+def read_messages(
+    folder: Path, dataset: int = 0, counts: Counts | None = None, source: str | None = None
+) -> pd.DataFrame:
     """The messages of the data files in `folder`, in the order of file names and rows.
 
-    Columns: those of `message_row`, and dataset (as given: 0, 1, …). The ids of a second data set start with `2/`, and
-    so on: two data sets may use the same ids for different messages. What a user should know is appended to `notes`.
-    Raises StageError when there is no data file, one cannot be read, or they hold no rows.
+    Columns: those of `message_row`, row (the number of its row in the data set), and dataset (as given: 0, 1, …). The
+    ids of a second data set start with `2/`, and so on: two data sets may use the same ids for different messages.
+    Error lines name files as the user does who wrote `source`. Raises StageError when there is no data file, one cannot
+    be read, or they hold no rows.
     """
-    files = data_files(folder)
-    unread: Counter[str] = Counter()
-    rows = [row for file in files for row in messages_of(file, folder, unread)]
+    files = data_files(folder, source)
+    counts = counts or Counts()
+    stems = Counter(stem_of(file, folder) for file in files)
+    rows: list[Row] = []
+    for file in files:
+        name, stem = name_in(file, folder), stem_of(file, folder)
+        prefix = stem if stems[stem] == 1 else name
+        rows += messages_of(file, Place(known_as(name, source), format_of(file).place, split_of(name), prefix), counts)
     if not rows:
-        raise StageError(f"{folder}: the data files hold no rows. Check `dataset` in params.yaml.")
-    if notes is not None:
-        notes += read_notes(files, folder, unread)
+        raise StageError(f"{source or folder}: the data files hold no rows. Check `dataset` in params.yaml.")
     table = pd.DataFrame(rows).astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"})
     if dataset:
         for name in IDS:
@@ -42,49 +67,53 @@ def read_messages(folder: Path, dataset: int = 0, notes: list[str] | None = None
     return table.assign(dataset=dataset)
 
 
-def read_notes(files: list[Path], folder: Path, unread: Counter[str]) -> list[str]:
-    """A line on the split that each file's name states, and one on the columns that no form reads."""
-    notes = []
-    if any(split_of(name_in(file, folder)) for file in files):
-        named = [f"{name_in(file, folder)} ({split_of(name_in(file, folder)) or 'no split'})" for file in files]
-        notes.append(f"splits by file name: {', '.join(named[:MAX_LISTED])}{', …' * (len(named) > MAX_LISTED)}")
-    if unread:
-        listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in unread.most_common(MAX_LISTED))
-        notes.append(f"columns that are not read: {listed}{', …' * (len(unread) > MAX_LISTED)}")
-    return notes
+def stem_of(file: Path, folder: Path) -> str:
+    """A data file's path inside its folder, without its ending."""
+    return name_in(file, folder).removesuffix(format_of(file).ending)
 
 
-def messages_of(file: Path, folder: Path, unread: Counter[str]) -> Iterator[Row]:
-    """The messages of a data file in `folder`; a row that cannot be read is an empty message whose `bad` says why, one
-    that is refused has `left_out` and `why`. The columns that are not read are counted in `unread`, by rows."""
-    form_of_file, name = format_of(file), name_in(file, folder)
-    split, stem = split_of(name), name.removesuffix(form_of_file.ending)
-    for number, row in read_rows(file, name):
-        where, conversation_id = f"{name} {form_of_file.place} {number}", f"{stem}-{number}"
-        if isinstance(row, str):
-            yield {**message_row({}, split=split), "bad": f"{where}: {row}"}
-            continue
-        form = form_of(row)
-        if form is None:
-            yield {**message_row({}, split=split), "bad": f"{where}: {unknown_form(row)}"}
-            continue
-        try:
-            messages = list(form.messages(row, conversation_id))
-        except RefusedRow as refused:
-            tree = {"message_id": f"{conversation_id}.0", "message_tree_id": conversation_id, "lang": row.get("lang")}
-            empty = message_row({**tree, "text": "", "role": "prompter"}, split=split)
-            yield {**empty, "bad": None, "left_out": refused.reason, "why": f"{where}: {refused}"}
-            continue
-        unread.update(set(unread_columns(row, form)))
-        for message in messages:
-            yield message_row(message, form.roles, split, where)
+class Place(NamedTuple):
+    """What a data file gives its messages."""
+
+    name: str  # the file in error lines
+    kind: str  # what a row is called there
+    split: str | None
+    prefix: str  # of the ids of conversations that have none
+
+
+def messages_of(file: Path, place: Place, counts: Counts) -> Iterator[Row]:
+    """The messages of a data file, each with the number of its row."""
+    for number, row in read_rows(file, place.name):
+        counts.rows += 1
+        for message in row_messages(row, number, place, counts):
+            message["row"] = counts.rows
+            yield message
+
+
+def row_messages(row: Row | str, number: int, place: Place, counts: Counts) -> list[Row]:
+    """The messages of a row; a row that cannot be read is an empty message whose `bad` says why, one that is refused
+    has `left_out` and `why`."""
+    where, conversation_id = f"{place.name} {place.kind} {number}", f"{place.prefix}-{number}"
+    form = None if isinstance(row, str) else form_of(row)
+    if isinstance(row, str) or form is None:
+        problem = row if isinstance(row, str) else unknown_form(row)
+        return [{**message_row({}, split=place.split), "bad": f"{where}: {problem}"}]
+    counts.forms[form.name] += 1
+    try:
+        messages = list(form.messages(row, conversation_id))
+    except RefusedRow as refused:
+        tree = {"message_id": f"{conversation_id}.0", "message_tree_id": conversation_id, "lang": row.get("lang")}
+        empty = message_row({**tree, "text": "", "role": "prompter"}, split=place.split)
+        return [{**empty, "bad": None, "left_out": refused.reason, "why": f"{where}: {refused}"}]
+    counts.unread.update(set(unread_columns(row, form)))
+    return [message_row(message, form.roles, place.split, where) for message in messages]
 
 
 def message_row(row: Row, roles: dict[str, str] = OASST_ROLES, split: str | None = None, where: str = "a row") -> Row:
     """A row of the table of messages; a missing value is None.
 
     Columns: message_id, parent_id, message_tree_id, tree_state, text, role (user or assistant), lang, rank, deleted,
-    synthetic, review_result, quality (0 to 1), toxicity (0 to 1), system (the conversation's own system message),
+    synthetic, review_result, quality (0 to 1), toxicity (0 to 1), system (the system message that stands before it),
     trained (False: context only), left_out (the reason why a message of a readable row is left out, or None), why
     (where a refused row stands and why it is refused), split (as given: that of the file), bad (where the row stands
     and why it is no message; None if it is one).
@@ -175,17 +204,18 @@ def shown(value: Any) -> str:
     return ascii(value)[:MAX_SHOWN]
 
 
-def check_bad_rows(bad: pd.Series, max_bad_rows: float, folder: Path) -> None:
-    """Raise StageError, with the first problem, when more than a share `max_bad_rows` of the rows are not messages.
-
-    `bad` is the column of that name; `folder` is named in the error.
-    """
-    found = bad.dropna()
-    if len(found) > max_bad_rows * len(bad):
-        raise StageError(
-            f"{folder}: {len(found)} of {len(bad)} rows are not messages, more than max_bad_rows, {max_bad_rows}. "
-            f"The first: {found.iloc[0]}. Fix the data, or raise max_bad_rows to skip such rows."
-        )
+def check_bad_rows(messages: pd.DataFrame, max_bad_rows: float, sources: Sequence[str]) -> None:
+    """Raise StageError, with the first problem, when more than a share `max_bad_rows` of a data set's rows are not
+    messages or conversations. `sources` are the data sets' names in the error."""
+    for number, part in messages.groupby("dataset"):
+        bad = part[part["bad"].notna()]
+        rows, bad_rows = part["row"].nunique(), bad["row"].nunique()
+        if bad_rows > max_bad_rows * rows:
+            name = sources[number] if sources else "the data"
+            raise StageError(
+                f"{name}: {bad_rows} of {rows} rows cannot be used, more than max_bad_rows, {max_bad_rows}. "
+                f"The first: {bad['bad'].iloc[0]}. Fix the data, or raise max_bad_rows to skip such rows."
+            )
 
 
 def check_unsupported(messages: pd.DataFrame, unsupported_rows: str) -> None:
@@ -199,11 +229,12 @@ def check_unsupported(messages: pd.DataFrame, unsupported_rows: str) -> None:
 
 
 def left_out_notes(messages: pd.DataFrame) -> list[str]:
-    """A line for each reason for which readable rows or greetings are left out."""
+    """A line for each reason for which rows that can be read, or turns of them, are left out."""
     notes = []
     for reason, found in messages.groupby("left_out", sort=True):
-        if reason == "greeting":
-            notes.append(f"{len(found)} conversations begin with an answer; it is left out (greeting)")
+        if reason in TURNS_LEFT_OUT:
+            rows = found["message_tree_id"].nunique()
+            notes.append(f"{rows} conversations {TURNS_LEFT_OUT[reason]}; it is left out ({reason})")
         else:
             notes.append(f"{len(found)} rows are left out ({reason}). The first: {found['why'].iloc[0]}")
     return notes

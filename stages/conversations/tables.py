@@ -13,17 +13,21 @@ def conversation_table(selection: Selection, threads: Sequence[Thread], system_p
     """A row for each of `threads`; one that a weight repeats has several.
 
     Columns: message_tree_id, message_ids, dataset (0, 1, …), lang (of the first message), messages (role and content,
-    as TRL reads them; first the conversation's own system message or `system_prompt`, unless that is empty), trained
-    (a flag for each answer; see `trained_answers`).
+    as TRL reads them; first the conversation's own system message or `system_prompt`, unless that is empty; later
+    system messages in their places), trained (a flag for each answer; see `trained_answers`).
     """
     text, role, own_system = (selection.values(name) for name in ("text", "role", "system"))
     tree, lang, dataset = (selection.values(name) for name in ("message_tree_id", "lang", "dataset"))
 
     def messages_of(ids: Thread) -> list[dict[str, str]]:
-        own = own_system[ids[0]]
-        system = own if isinstance(own, str) else system_prompt
-        first = [{"role": "system", "content": system}] if system else []
-        return first + [{"role": role[i], "content": text[i].strip()} for i in ids]
+        messages = []
+        for i in ids:
+            own = own_system[i]
+            system = own if isinstance(own, str) else system_prompt if i == ids[0] else ""
+            if system:
+                messages.append({"role": "system", "content": system})
+            messages.append({"role": role[i], "content": text[i].strip()})
+        return messages
 
     distinct = list(dict.fromkeys(threads))
     flags = dict(zip(distinct, trained_answers(distinct, selection.values("trained")), strict=True))

@@ -16,6 +16,7 @@ class Turn(NamedTuple):
     role: Any
     text: Any  # a string, or what stands in the row instead of one
     trained: bool = True
+    system: Any = None  # the system message that stands before it (None: none), or what stands in the row instead
 
 
 class RefusedRow(Exception):
@@ -26,7 +27,8 @@ class RefusedRow(Exception):
         self.reason = reason
 
 
-UNSUPPORTED, LATE_SYSTEM = "unsupported", "late_system"
+UNSUPPORTED, LATE_SYSTEM = "unsupported", "late_system"  # reasons to refuse a row
+GREETING, SYSTEM_AT_END = "greeting", "system_at_end"  # reasons to leave out a turn
 BLANK_LINE = "\n\n"
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -48,7 +50,8 @@ UNSUPPORTED_FIELDS = {
     "train_detail": "training on a part of a turn",
 }
 ROLE_FIELDS, TEXT_FIELDS = ("role", "from"), ("content", "value", "text")
-YES_NO: dict[Any, bool] = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
+YES_NO: dict[Any, bool] = {0: False, 1: True, **dict.fromkeys(("0", "0.0", "false"), False)}
+YES_NO.update(dict.fromkeys(("1", "1.0", "true"), True))
 SWITCHES = ("train", "training", "loss")  # false: the turn is context
 TURN_FIELDS = {*ROLE_FIELDS, *TEXT_FIELDS, *SWITCHES, *UNSUPPORTED_FIELDS, "weight", "tool_call_id"}
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -152,20 +155,27 @@ def turns_of(turns: Any, default: bool = True) -> list[Turn]:
     return [turn_of(turn, number, default) for number, turn in enumerate(listed, 1)] or [Turn(None, None)]
 
 
-def take_system(turns: list[Turn], own: Any) -> tuple[Any, list[Turn]]:
-    """The system message of a conversation (None: it has none), and its other turns.
+def fold_system(turns: list[Turn], own: Any) -> tuple[list[Turn], list[Turn]]:
+    """The turns of user and assistant, each with the system turns before it, and the system turns behind the last.
 
-    It is the row's `own`, then each leading system turn, joined by a blank line. Raises RefusedRow for a system turn
-    after another turn: it holds from there on, and templates take none there.
+    Before the first turn stands the row's `own` system message. Several system turns are joined by a blank line.
     """
-    count = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    late = next((i for i, turn in enumerate(turns[count:], count + 1) if turn.role == "system"), None)
-    if late is not None:
-        raise RefusedRow(LATE_SYSTEM, f"turn {late} is a system turn after other turns")
-    parts = [part for part in dict.fromkeys([own, *(turn.text for turn in turns[:count])]) if part is not None]
-    if not all(isinstance(part, str) for part in parts):
-        return parts, turns[count:]
-    return (joined_text(parts) if parts else None), turns[count:]
+    waiting = [] if own is None else [Turn("system", own)]
+    folded: list[Turn] = []
+    for turn in turns:
+        if turn.role == "system":
+            waiting.append(turn)
+        else:
+            folded.append(turn._replace(system=_joined_system([each.text for each in waiting])))
+            waiting = []
+    return folded, waiting
+
+
+def _joined_system(texts: list[Any]) -> Any:
+    texts = [text for text in texts if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        return texts
+    return joined_text(list(dict.fromkeys(texts))) if texts else None
 
 
 def joined_text(texts: list[str]) -> str:
@@ -173,10 +183,20 @@ def joined_text(texts: list[str]) -> str:
     return BLANK_LINE.join(text for text in texts if text.strip())
 
 
+def without_greeting(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """The assistant's turns before the first question, and the others. A system message before them stays."""
+    count = next((i for i, turn in enumerate(turns) if turn.role != "assistant"), len(turns))
+    greeting, others = turns[:count], turns[count:]
+    systems = [turn.system for turn in (*greeting, *others[:1]) if turn.system is not None]
+    if greeting and others and systems:
+        others = [others[0]._replace(system=_joined_system(systems)), *others[1:]]
+    return greeting, others
+
+
 def alternating(turns: list[Turn]) -> Iterator[Turn]:
     """The turns, each run of turns of the same role joined by a blank line.
 
-    Raises RefusedRow where only a part of a joined answer is to be trained on.
+    Raises RefusedRow where a system turn stands in a run, or where only a part of a joined answer is to be trained on.
     """
     run: list[Turn] = []
     for turn in turns:
@@ -191,8 +211,10 @@ def alternating(turns: list[Turn]) -> Iterator[Turn]:
 def _join(run: list[Turn]) -> Turn:
     if len(run) == 1:
         return run[0]
+    if any(turn.system is not None for turn in run[1:]):
+        raise RefusedRow(LATE_SYSTEM, f"a system turn stands between two turns of the {run[0].role} in a row")
     if run[0].role == "assistant" and len({turn.trained for turn in run}) > 1:
         raise RefusedRow(
             UNSUPPORTED, "assistant turns in a row of which only some are trained (`weight`) are no answer"
         )
-    return Turn(run[0].role, joined_text([turn.text for turn in run]), run[0].trained)
+    return run[0]._replace(text=joined_text([turn.text for turn in run]))

@@ -1,6 +1,5 @@
 """Conversations to tokens: exact ids and masks, the same in every reader, and one line where it cannot be."""
 
-import importlib
 import json
 import re
 
@@ -9,6 +8,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from chatapp.engine.prompt import PromptBuilder
 from stages.common.chat import Chat, ChatError, check_same_ids, end_ids, plain_template, rendered_by
 from stages.common.chat.probes import probes
 from stages.common.chat.tokens import Tokens
@@ -218,15 +218,6 @@ def test_a_control_token_in_a_text_is_text():
 # The same ids everywhere -------------------------------------------------------------------------------------------
 
 
-def app_reader(folder):
-    """The chat app's own reader of an exported folder."""
-    try:
-        prompt = importlib.import_module("chatapp.engine.prompt")
-    except ModuleNotFoundError:
-        prompt = importlib.import_module("prompt")
-    return prompt.PromptBuilder(folder)
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_tokenize_merge_export_and_the_app_give_the_same_ids(name, tmp_path):
     template = SMALL[name]
@@ -240,7 +231,7 @@ def test_tokenize_merge_export_and_the_app_give_the_same_ids(name, tmp_path):
     (tmp_path / "onnx/genai_config.json").write_text(json.dumps({"model": {"eos_token_id": 7}}))
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     set_tokenizer(tmp_path / "onnx", merged, tmp_path / "merged")  # checks, too
-    exported, app = Chat.of_folder(tmp_path / "onnx"), app_reader(tmp_path / "onnx")
+    exported, app = Chat.of_folder(tmp_path / "onnx"), PromptBuilder(tmp_path / "onnx")
     compared = 0
     for messages in [*probes(), talk("<|im_end|>", " A<|stop|>", "\tQ")]:
         for prefix in (messages[:n] for n in range(1, len(messages) + 1)):

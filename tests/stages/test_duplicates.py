@@ -4,6 +4,7 @@ import pandas as pd
 
 from stages.conversations.duplicates import near_duplicates
 from stages.conversations.held_out import by_hash
+from stages.prepare import leak_note
 from tests.support.conversations import check_funnel, frame, run, trees_in_both_splits, two_datasets
 from tests.support.rows import message
 
@@ -53,6 +54,16 @@ def test_a_held_out_question_is_not_trained_on_with_another_answer():
     assert set(conversations["message_tree_id"]) & {"a", "z"} == {"z"}
     assert funnel["dropped"]["question_is_held_out"]["conversations"] == 1
     check_funnel(funnel)
+
+
+def test_a_leak_is_reported_with_its_number_copies_included():
+    train = [message("a", role="prompter", text="Why?"), message("a.1", "a", text="So."), *trees_in_both_splits()]
+    train += [message("b", role="prompter", text="why? "), message("b.1", "b", text="because.")]
+    held = [message("z", role="prompter", text="WHY?"), message("z.1", "z", text="Because.")]
+    _, funnel = run(pd.concat([frame(train, "train"), frame(held, "validation")], ignore_index=True))
+    assert str(leak_note(funnel)).startswith("prepare: 2 conversations to train on ask a held-out question")
+    assert funnel["dropped"]["duplicate_conversation"]["conversations"] == 0
+    assert leak_note(run(trees_in_both_splits())[1]) is None
 
 
 def test_a_held_out_question_does_not_come_up_later_in_a_trained_conversation():

@@ -10,7 +10,7 @@ import pytest
 
 from stages.common.errors import StageError
 from stages.conversations.forms import FORMS, form_of, unknown_form, unread_columns
-from stages.conversations.messages import message_row, read_messages
+from stages.conversations.messages import Counts, message_row, read_messages
 from stages.conversations.threads import find_threads
 from tests.support.conversations import check_funnel, frame, run
 from tests.support.project import ROOT
@@ -106,12 +106,15 @@ def test_reads_flat_nested_gzip_and_parquet_alike(tmp_path):
     assert list(expected["deleted"]) == [False, True, False, False]
     assert list(expected["rank"].isna()) == [True, False, True, False]
     for form in ("nested", "gz", "parquet"):
-        pd.testing.assert_frame_equal(read_messages(tmp_path / form), expected)
+        found = read_messages(tmp_path / form)  # in a tree, messages share a row
+        pd.testing.assert_frame_equal(found.drop(columns="row"), expected.drop(columns="row"))
 
 
-DOCUMENTED = [
+EXAMPLE_LINES = [
     line for line in (ROOT / "docs/data.md").read_text(encoding="utf-8").splitlines() if line.startswith('{"')
 ]
+TREES = [line for line in EXAMPLE_LINES if line.startswith('{"message_')]
+DOCUMENTED = [line for line in EXAMPLE_LINES if line not in TREES]
 
 
 @pytest.mark.parametrize("line", DOCUMENTED)
@@ -124,9 +127,18 @@ def test_every_documented_form_gives_its_conversation(line):
     assert messages[0]["system"] == "Be brief." and not list(unread_columns(row, form))
 
 
-def test_every_form_of_conversations_is_documented():
-    documented = {form.name for line in DOCUMENTED if (form := form_of(json.loads(line)))}
-    assert documented == {form.name for form in FORMS if not form.is_tree}
+def test_the_documented_trees_give_their_conversations(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [json.loads(line) for line in TREES])
+    counts = Counts()
+    table = read_messages(tmp_path, 0, counts)
+    assert table["bad"].isna().all() and not counts.notes()
+    text = dict(zip(table["message_id"], table["text"], strict=True))
+    assert [[text[i] for i in ids] for ids in find_threads(table, "best")] == [["Hi", "Yo"], ["Hi", "Yo"]]
+
+
+def test_every_form_is_documented():
+    documented = {form.name for line in EXAMPLE_LINES if (form := form_of(json.loads(line)))}
+    assert documented == {form.name for form in FORMS}
 
 
 def test_an_unknown_form_names_the_nearest():
@@ -134,6 +146,12 @@ def test_an_unknown_form_names_the_nearest():
     assert form_of(row) is None
     line = unknown_form(row)
     assert "Columns found: Question, answers. Nearest form: instruction (question/answer" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("value", ["[{'role': 'user', 'content': 'Q'}]", {"role": "user"}, 5])
+def test_a_column_of_turns_that_holds_something_else_is_named(value):
+    line = unknown_form({"messages": value})
+    assert f"missing: none, but messages is {ascii(value)[:40]}, no list of turns and no JSON string of one" in line
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
@@ -153,6 +171,24 @@ def test_each_file_type_is_read_from_subfolders(tmp_path, ending, packed):
     (tmp_path / f"part/x.{ending}").write_bytes(text.encode("utf-16"))
     with pytest.raises(StageError, match=f"part/x.{ending} is not UTF-8 .*UTF-16"):
         read_messages(tmp_path)
+
+
+def test_a_table_may_hold_several_forms_whose_other_columns_are_empty(tmp_path):
+    rows = [
+        {"instruction": "Q0", "output": "A0"},
+        {"question": "Q1", "answer": "A1"},
+        {"messages": json.dumps([{"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}])},
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    pd.DataFrame(rows).to_parquet(tmp_path / "y.parquet")
+    table = read_messages(tmp_path)
+    assert table["bad"].isna().all() and list(table["text"]) == ["Q0", "A0", "Q1", "A1", "Q2", "A2"] * 2
+
+
+def test_files_of_one_name_and_other_types_do_not_swallow_each_other(tmp_path):
+    for i, ending in enumerate(("json", "jsonl")):
+        (tmp_path / f"x.{ending}").write_text(json.dumps({"question": f"Q{i}", "answer": "A"}) + "\n")
+    assert list(read_messages(tmp_path)["message_id"]) == ["x.json-1.0", "x.json-1.1", "x.jsonl-1.0", "x.jsonl-1.1"]
 
 
 def test_a_folder_of_save_to_disk_is_read(tmp_path):

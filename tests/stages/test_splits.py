@@ -1,10 +1,16 @@
 """Which conversations are held out, and how often the others are trained on."""
 
+import json
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 from stages.common.errors import StageError
 from stages.conversations.files import split_of
+from stages.conversations.messages import read_messages
+from stages.conversations.splits import settled_splits
+from stages.prepare import split_notes
 from tests.support.conversations import check_funnel, frame, run, two_datasets
 from tests.support.rows import message
 
@@ -113,6 +119,62 @@ def test_each_data_set_keeps_its_own_splits():
     assert (first["split"] == "validation").sum() == 10
     assert funnel["kept"]["validation"]["by_dataset"]["2"] == 2
     check_funnel(funnel)
+
+
+LISTS = [  # what the files of each data set of a list state -> what becomes of them
+    ("train + validation", ["train"], ["validation"]),
+    ("train + test", ["train"], ["validation"]),
+    ("train + validation + test", ["train"], ["validation"], ["other"]),
+    ("mine + test", ["train"], ["validation"]),
+    ("mine + validation + train", ["train"], ["validation"], ["train"]),
+    ("mine + train", [None], [None]),
+    ("validation + test", [None], ["other"]),
+    ("train/validation + mine", ["train", "validation"], [None]),
+    ("train/validation + test + mine", ["train", "validation"], ["other"], [None]),
+    ("train/validation + validation + mine", ["train", "validation"], ["validation"], ["train"]),
+    ("train/test + train/validation", [None, "other"], ["train", "validation"]),
+    ("train/validation/mine", ["train", "validation", "other"]),
+    ("mine/validation", ["train", "validation"]),
+]
+
+
+@pytest.mark.parametrize("stated, expected", [(stated, expected) for stated, *expected in LISTS])
+def test_a_list_of_files_honours_their_names(stated, expected):
+    names = [each.split("/") for each in stated.split(" + ")]
+    parts = [frame([message("a")], split_of(name)).assign(dataset=i) for i, each in enumerate(names) for name in each]
+    fates = settled_splits(pd.concat(parts, ignore_index=True))
+    assert [[fates[i][split_of(name)] for name in each] for i, each in enumerate(names)] == expected
+
+
+def test_each_file_of_a_list_goes_where_its_name_says(tmp_path):
+    names = ["my_train.jsonl", "part/valid.json", "test.jsonl", "more.csv"]
+    for i, name in enumerate(names):
+        folder = (tmp_path / f"{i + 1}" / name).parent
+        folder.mkdir(parents=True)
+        text = (
+            f"question,answer\nQ{i},A\n" if name.endswith("csv") else json.dumps({"question": f"Q{i}", "answer": "A"})
+        )
+        (folder / Path(name).name).write_text(text)
+    messages = pd.concat([read_messages(tmp_path / f"{i + 1}", i) for i in range(4)], ignore_index=True)
+    assert split_notes(messages, [tmp_path / f"{i + 1}" for i in range(4)]) == [
+        "trained on: my_train.jsonl",
+        "held out: part/valid.json",
+        "left out: test.jsonl",
+        "trained on: more.csv",
+    ]
+    conversations, funnel = run(messages)
+    assert dict(zip(conversations["dataset"], conversations["split"], strict=True)) == {
+        0: "train",
+        1: "validation",
+        3: "train",
+    }
+    check_funnel(funnel)
+    assert split_notes(messages[messages["dataset"] == 3], []) == []  # no name states a split: nothing to say
+
+
+def test_a_test_split_alone_is_an_error_that_says_so():
+    with pytest.raises(StageError, match="names of all data files state a test split, which is never trained on"):
+        run(frame([message("a", role="prompter"), message("a.1", "a")], "test"))
 
 
 @pytest.mark.parametrize("weight, expected", [(1.0, 18), (0.5, 9), (2.0, 36), (2.5, 45)])

@@ -11,7 +11,7 @@ from stages.common.chat import Chat, Encoded
 from stages.common.errors import StageError
 from stages.common.masks import answer_spans
 from stages.common.truncation import cut_to_turns
-from stages.tokenize import load_template, set_special_tokens, tokenize
+from stages.tokenize import load_template, set_special_tokens, take_late_system, tokenize
 from tests.support.templates import LOOP, PROMPT, SMALL, TURN, tokenizer_for
 
 TALK = [
@@ -156,6 +156,36 @@ def test_a_conversation_that_cannot_be_aligned_is_named_by_row_and_tree():
     table = conversations([TALK[1:]]).assign(trained=[[True]])
     with pytest.raises(StageError, match="conversation 0 has 2 answers, but says of 1 whether"):
         tokenize(table, tokenizer, 100)
+
+
+def test_a_late_system_message_keeps_its_place_or_its_conversation_is_counted():
+    late = [*TALK[1:3], {"role": "system", "content": "In French."}, *TALK[3:]]
+    table = conversations([TALK[1:], late])
+    tokenizer = tokenizer_for(SMALL["alternating"])
+    kept, refused = take_late_system(Chat.of(tokenizer, "mine"), table)
+    assert list(kept.index) == [0] and len(refused) == 1
+    assert refused[0].startswith("mine: it takes no such system message (Roles must alternate).")
+    assert "(conversation 1, of tree " in refused[0]
+    with pytest.raises(StageError, match=r"it takes no such system message .* \(conversation 0, of "):
+        tokenize(conversations([[TALK[0], *late]]), tokenizer, 100)  # the first system message is an error
+    assert take_late_system(Chat.of(tokenizer, "mine"), conversations([[TALK[0], *late]]))[1] == []
+
+    tokenizer = tokenizer_for(LOOP + TURN + PROMPT)
+    kept, refused = take_late_system(Chat.of(tokenizer, "mine"), table)
+    assert list(kept.index) == [0, 1] and not refused
+    frame, _ = tokenize(kept, tokenizer, 100)
+    text = tokenizer.decode(frame["input_ids"][1])
+    assert "It is 2.<|im_end|>\n<|im_start|>system\nIn French.<|im_end|>\n<|im_start|>user" in text
+    assert len(answer_spans(frame["assistant_masks"][1])) == 2
+
+
+def test_a_template_that_moves_a_late_system_message_to_the_front_is_found_out():
+    front = "{% for m in messages if m.role == 'system' %}{{ m.content }}\n{% endfor %}"
+    others = "{% for m in messages if m.role != 'system' %}"
+    late = [*TALK[1:3], TALK[0], *TALK[3:]]
+    chat = Chat.of(tokenizer_for(front + others + TURN + PROMPT), "mine")
+    assert chat.why_not(TALK) is None
+    assert "mine: it moves a system message in front of what was said before it" in str(chat.why_not(late))
 
 
 def test_every_answer_of_many_batches_is_supervised_and_no_other_is():

@@ -36,7 +36,9 @@ def params(**changes) -> PrepareParams:
 def frame(rows: list[dict], split: str | None = None) -> pd.DataFrame:
     """The table of messages of flat OASST1 rows."""
     table = pd.DataFrame([message_row(row, split=split) for row in rows])
-    return table.astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"}).assign(dataset=0)
+    return table.astype({"rank": "Float64", "quality": "Float64", "toxicity": "Float64"}).assign(
+        row=range(len(table)), dataset=0
+    )
 
 
 def run(rows, **changes):

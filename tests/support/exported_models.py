@@ -9,9 +9,9 @@ from onnxruntime_genai.models.builder import create_model, parse_extra_options
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.common.artifacts import write_json
+from stages.common.chat import plain_template
 from stages.common.model_files import load_config, load_tokenizer
 from stages.export import set_tokenizer
-from stages.merge import plain_template
 from stages.tokenize import load_template, set_special_tokens
 from tests.support.models import save_llama
 from tests.support.project import ROOT

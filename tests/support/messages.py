@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tests.support.project import ROOT
 
 # An exception of these types ends as a line for the user, wherever it is raised.
-RAISED = {"StageError", "sys.exit", "FileNotFoundError"}
+RAISED = {"StageError", "ChatError", "RefusedRow", "sys.exit", "FileNotFoundError"}
 # Files whose ValueError does, too: a wrong source is the line of a parameter, a damaged model the chat app's.
 VALUE_ERRORS = {ROOT / "stages/common/sources.py", ROOT / "space/chatapp/engine/exported_model.py"}
 # Its rules return the line of a parameter.
@@ -41,7 +41,7 @@ def _lines_of(path: Path) -> Iterator[ast.expr]:
     raised = RAISED | ({"ValueError"} if path in VALUE_ERRORS else set())
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in raised and node.args:
-            yield node.args[0]
+            yield node.args[-1]  # that of a refused row stands after its reason
         elif path == PARAMS and isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or node) == "str | None":
             yield from (n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None)
 

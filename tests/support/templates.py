@@ -47,6 +47,7 @@ SMALL = {
     + LOOP + TURN + PROMPT,
     "alternating": LOOP + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate') }}{% endif %}" + TURN + PROMPT,
+    "asks_for_tools": "{% if tools is not none or documents is not none %}<tools>{% endif %}" + LOOP + TURN + PROMPT,
     "begins_with_bos": "{{ bos_token }}" + LOOP + TURN + PROMPT,
     "strips": LOOP + TURN.replace("m.content", "m.content | trim") + PROMPT,
     "strips_line_breaks": LOOP + TURN.replace("m.content", "m.content.strip('\\n')") + PROMPT,

@@ -195,7 +195,7 @@ def test_a_bad_row_is_counted_and_skipped_up_to_the_bound(case, folder, good_row
     set_params(folder, max_bad_rows=0)
     line = refused("prepare", capsys)
     assert "x.jsonl line 401: " in line and any(words in line for words in said.split("|")), line
-    assert re.search(r"[12] of 40[12] rows are not messages, more than max_bad_rows, 0", line)
+    assert "file:x: 1 of 401 rows cannot be used, more than max_bad_rows, 0" in line
 
 
 # Rows that are odd, but no reason to stop, however many there are: what the funnel says of them.

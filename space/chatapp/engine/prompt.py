@@ -92,7 +92,9 @@ class PromptBuilder:
         """The ids of a complete conversation up to where the answer begins."""
         plain = [{"role": m["role"], "content": self._without_control_tokens(m["content"])} for m in messages]
         try:
-            text = self._template.render(messages=plain, add_generation_prompt=True, **self._special_tokens)
+            text = self._template.render(
+                messages=plain, add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
+            )
         except jinja2.exceptions.TemplateError as error:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)

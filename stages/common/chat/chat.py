@@ -140,6 +140,14 @@ class Chat:
             if waiting:
                 yield from self._finish(*waiting)
 
+    def why_not(self, messages: Sequence[Message]) -> str | None:
+        """Why the template cannot write a conversation, in one line; None where it can."""
+        try:
+            self._write(messages)
+        except ChatError as error:
+            return str(self._named(error))
+        return None
+
     def _write(self, messages: Sequence[Message]) -> Written:
         escaped = self.escaped(messages)
         changed = any(new["content"] != old["content"] for new, old in zip(escaped, messages, strict=True))
@@ -209,7 +217,9 @@ class Chat:
         # Literal text depends on what a content says: on what a user says, or on an answer itself (a <think> block).
         for message in messages:
             if message["role"] != ANSWER and message["content"].strip() not in text:
-                raise ChatError(f"it rewrites or drops the {message['role']}'s text {shown(message['content'])}.")
+                raise ChatError(
+                    f"it rewrites or drops the {message['role']}'s text {shown(message['content'])}. Choose another."
+                )
         with suppress(ChatError):
             fixed = [message["role"] != ANSWER for message in messages]
             expected, spans = build_skeleton(self._render, messages, fixed, self._tokens.control).fill(contents)

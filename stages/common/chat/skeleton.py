@@ -146,6 +146,9 @@ def _check_order(order: list[int], messages: list[Message], fixed: Sequence[bool
         if not fixed[i] and i not in order:
             remedy = ' Set system_prompt: "", or choose another.' if message["role"] == SYSTEM else " Choose another."
             raise ChatError(f"it does not write the content of {message['role']} messages (as plain text).{remedy}")
+    late = [i for i, m in enumerate(messages) if m["role"] == SYSTEM and i and not fixed[i] and not fixed[i - 1]]
+    if any(order.index(i) < order.index(i - 1) for i in late):
+        raise ChatError("it moves a system message in front of what was said before it. Choose another.")
     answers = [i for i in order if messages[i]["role"] == ANSWER]
     if answers != sorted(set(answers)):
         raise ChatError("it writes answers more than once, or in another order. Choose another.")
@@ -213,12 +216,15 @@ def find_by_prompts(render: Render, messages: list[Message], controls: re.Patter
         prompt, content = render(messages[:number], True), message["content"].strip()
         rest = text[len(prompt) :].lstrip() if text.startswith(prompt) else ""
         if not rest.startswith(content):
-            raise ChatError(f"it rewrites answer {len(spans) + 1}: {difference(prompt + content, text)}.")
+            found = difference(prompt + content, text)
+            raise ChatError(f"it rewrites answer {len(spans) + 1}: {found}. Choose another.")
         start = len(text) - len(rest)
         after = rest[len(content) :]
         stop = len(text) - len(after.lstrip())
         end = controls.match(text, stop)
         if end is None:
-            raise ChatError(f"it writes {shown(after)} after answer {len(spans) + 1}, and no special token.")
+            raise ChatError(
+                f"it writes {shown(after)} after answer {len(spans) + 1}, and no special token. Choose another."
+            )
         spans.append(Span(len(prompt), stop, text[start : start + len(content)], end[0]))
     return text, spans

@@ -60,7 +60,9 @@ class Tokens:
     def _find(self, encoding: Encoding, ids: list[int], text: str, span: Span) -> Found:
         end = encoding.char_to_token(span.stop)
         if end is None or ids[end] != self._ids[span.end]:
-            raise ChatError(f"its end token {span.end} is not one token in {shown(text[span.start :])}.")
+            raise ChatError(
+                f"its end token {span.end} is not one token in {shown(text[span.start :])}. Choose another."
+            )
         at = span.start
         while (first := encoding.char_to_token(at)) is None:
             at += 1
@@ -81,11 +83,11 @@ class Tokens:
         for (start, stop, text, end), span in zip(answers, spans, strict=True):
             if not (self._says(ids[start : stop - 1], text) and ids[stop - 1] == end):
                 said = self._tokenizer.decode(ids[start:stop], skip_special_tokens=False)
-                raise ChatError(f"an answer's tokens say {difference(text + span.end, said)}.")
+                found = difference(text + span.end, said)
+                raise ChatError(f"an answer's tokens say {found}. Choose another template.")
             if text.strip() != span.content.strip():
-                raise ChatError(
-                    f"its tokens do not begin and end where an answer does: {difference(span.content, text)}."
-                )
+                found = difference(span.content, text)
+                raise ChatError(f"its tokens do not begin and end where an answer does: {found}. Choose another.")
 
     def _says(self, ids: list[int], text: str) -> bool:
         if self._bytes and b"".join(map(self._bytes.__getitem__, ids)) == text.encode():

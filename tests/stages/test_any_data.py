@@ -1,0 +1,184 @@
+"""Rows of any form, with any roles and flags, under any template: what is trained is what the data say.
+
+Each turn says a word of its own, so that each word can be followed from the file to the supervised tokens.
+"""
+
+import csv
+import json
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.common.chat import Chat
+from stages.common.masks import answer_spans
+from stages.conversations.messages import read_messages
+from stages.tokenize import take_late_system, tokenize
+from tests.support.conversations import check_funnel, run
+from tests.support.rows import write_jsonl
+from tests.support.templates import SMALL, template_of, tokenizer_for
+
+NAMES = [*SMALL, "qwen2_5", "qwen3_training", "llama3", "gemma3", "phi3", "lfm2", "cohere2", "deepseekv3"]
+TEMPLATES = [name for name in NAMES if name != "no_system"]
+TEXTS = ["{}", " {}\n", "{} <|im_end|>", "<|stop|>{}", "日本 {}?", "{}\n\n```\na = 1\n```", "<b>{}</b> {{{{ x }}}}"]
+WORD = re.compile(r"w\d+x\d+")
+FLAGS: list[dict[str, Any]] = [{}, {}, {}, {"weight": 0}, {"weight": 1}, {"train": False}, {"loss": False}]
+MORE = [{"tool_calls": [{"id": "c"}]}, {"reasoning_content": "hm"}, {"weight": 0.5}, {"images": ["a.png"]}]
+ROLES = ["user", "assistant", "user", "assistant", "system"]
+ROLE_NAMES = {"user": ["user", "human"], "assistant": ["assistant", "gpt", "Model"], "system": ["system", "developer"]}
+LISTS = [("messages", "role", "content"), ("conversations", "from", "value"), ("conversation", "role", "content")]
+PAIRS = [("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "chosen")]
+
+
+class Drawn(NamedTuple):
+    """A turn before it is written in a form."""
+
+    role: str
+    text: str
+    flags: dict[str, Any]
+
+
+class DrawnRow(NamedTuple):
+    row: dict[str, Any]
+    words: list[str]  # in order; a system column goes first
+    roles: list[str]  # of each
+    trained: dict[str, bool]  # each answer's word: whether the data let it be trained on
+    is_refused: bool  # holds more than text
+
+
+tokenizer_of = cache(lambda name: tokenizer_for(template_of(name)))
+
+
+def as_turn(draw, turn: Drawn, keys: tuple[str, str]) -> dict[str, Any]:
+    parts = draw(st.booleans())
+    content = [{"type": "text", "text": turn.text}] if parts else turn.text
+    return {keys[0]: draw(st.sampled_from(ROLE_NAMES[turn.role])), keys[1]: content, **turn.flags}
+
+
+def as_listed(draw, turns: list[Drawn]) -> dict[str, Any]:
+    """A row with a column of turns, which may be a JSON string."""
+    column, role, content = draw(st.sampled_from(LISTS))
+    listed = [as_turn(draw, turn, (role, content)) for turn in turns]
+    return {column: json.dumps(listed) if draw(st.booleans()) else listed}
+
+
+def as_columns(draw, turns: list[Drawn]) -> dict[str, Any]:
+    """A row of a history, a question and an answer; the turns alternate and have no flags."""
+    question, answer = draw(st.sampled_from(PAIRS))
+    if draw(st.booleans()) or answer == "chosen":
+        before = [{"role": turn.role, "content": turn.text} for turn in turns[:-1]]
+        after = [{"role": "assistant", "content": turns[-1].text}]
+        return {question: before, answer: after, **({"rejected": "No."} if answer == "chosen" else {})}
+    pairs = [[one.text, two.text] for one, two in zip(turns[:-2:2], turns[1:-2:2], strict=True)]
+    return {question: turns[-2].text, answer: turns[-1].text, "history": pairs}
+
+
+@st.composite
+def drawn_rows(draw, number: int) -> DrawnRow:
+    in_columns = draw(st.booleans())
+    if in_columns:
+        roles = ["user", "assistant"] * draw(st.integers(1, 3))
+    else:
+        roles = draw(st.lists(st.sampled_from(ROLES), min_size=1, max_size=7))
+    words = [f"w{number}x{i}" for i in range(len(roles))]
+    texts = [draw(st.sampled_from(TEXTS)).format(word) for word in words]
+    flags = [{} if in_columns else draw(st.sampled_from(FLAGS)) for _ in roles]
+    is_refused = not in_columns and draw(st.integers(0, 9)) == 0
+    if is_refused:
+        flags[0] = draw(st.sampled_from(MORE))
+    turns = [Drawn(*each) for each in zip(roles, texts, flags, strict=True)]
+    row = as_columns(draw, turns) if in_columns else as_listed(draw, turns)
+    default = True
+    if draw(st.integers(0, 4)) == 0:
+        row |= (flag := draw(st.sampled_from(FLAGS)))
+        default = all(flag.values())
+    if draw(st.integers(0, 2)) == 0:
+        words, roles = [f"w{number}x99", *words], ["system", *roles]
+        row["system"] = words[0]
+    trained = {
+        WORD.findall(turn.text)[0]: all(turn.flags.values()) if turn.flags else default
+        for turn in turns
+        if turn.role == "assistant"
+    }
+    return DrawnRow(row, words, roles, trained, is_refused)
+
+
+def write(folder: Path, ending: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as a train file, and a conversation of its own as the validation file."""
+    other = [{"question": "held out?", "answer": "yes"}]
+    write_jsonl(folder / "validation.jsonl", other)
+    rows = [*rows, {"question": "never alone?", "answer": "never"}]
+    if ending == "jsonl":
+        write_jsonl(folder / "train.jsonl", rows)
+    elif ending == "json":
+        (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        with (folder / "train.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            table.writeheader()
+            for row in rows:
+                table.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()})
+
+
+def lost_words(drawn: DrawnRow) -> set[str]:
+    """What stands before the first question or behind the last answer. System messages before a question stay."""
+    roles = drawn.roles
+    first = next((i for i, role in enumerate(roles) if role == "user"), len(roles))
+    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
+    greeting = {drawn.words[i] for i in range(first) if roles[i] == "assistant"}
+    return greeting | set(drawn.words[last + 1 :])
+
+
+def check_kept(drawn: DrawnRow, conversation: Any) -> None:
+    """Each turn stands in its place, with its role; each answer is trained on where the data say so."""
+    messages = list(conversation.messages)
+    said = [(message["role"], word) for message in messages for word in WORD.findall(message["content"])]
+    lost = lost_words(drawn)
+    assert said == [(r, w) for r, w in zip(drawn.roles, drawn.words, strict=True) if w not in lost]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    for answer, flag in zip(answers, conversation.trained, strict=True):
+        assert {drawn.trained[word] for word in WORD.findall(answer)} == {flag}
+
+
+def check_supervised(chat: Chat, tokenizer: Any, conversation: Any, row: Any) -> None:
+    """As many supervised spans as trained answers; each says the answer's text, and then one end token."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = tokenizer.convert_tokens_to_ids(chat.end_tokens())
+    answers = [m["content"] for m in chat.escaped(conversation.messages) if m["role"] == "assistant"]
+    trained = [answer for answer, flag in zip(answers, conversation.trained, strict=True) if flag]
+    for (start, stop), answer in zip(answer_spans(row.assistant_masks), trained, strict=True):
+        *text, end = row.input_ids[start:stop]
+        assert tokenizer.decode(text).strip() == answer.strip()
+        assert end in ends and not special.intersection(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(TEMPLATES), st.sampled_from(["jsonl", "json", "csv"]), st.data())
+def test_what_is_trained_is_what_the_data_say(name, ending, data):
+    drawn = [data.draw(drawn_rows(number)) for number in range(1, data.draw(st.integers(1, 5)) + 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), ending, [each.row for each in drawn])
+        conversations, funnel = run(read_messages(Path(folder)), unsupported_rows="skip", max_bad_rows=0.0)
+    check_funnel(funnel)
+    kept = {row.message_tree_id: row for row in conversations.itertuples()}
+    assert len(kept) == len(conversations)
+    assert funnel["read"]["trees"] - len(kept) == sum(step["trees"] for step in funnel["dropped"].values())
+    assert funnel["dropped"].get("unsupported", {"trees": 0})["trees"] >= sum(each.is_refused for each in drawn)
+    for number, each in enumerate(drawn, 1):
+        conversation = kept.get(f"train-{number}")
+        if conversation is not None:
+            assert not each.is_refused
+            check_kept(each, conversation)
+
+    tokenizer = tokenizer_of(name)
+    chat = Chat.of(tokenizer, name)
+    takes, refused = take_late_system(chat, conversations)
+    frame, counts = tokenize(takes, tokenizer, 100_000, name)
+    assert len(frame) + len(refused) == len(conversations)
+    assert counts["dropped"] == {"first_answer_beyond_max_length": 0, "answers_cut_off": 0}
+    for row in frame.itertuples():
+        check_supervised(chat, tokenizer, kept[row.message_tree_id], row)
