@@ -23,10 +23,11 @@ from stages.common.downloads import is_watched, local_digest
 from stages.common.errors import StageError
 from stages.common.params import read_params, section_of
 from stages.common.schema import Params, PrepareParams, TokenizeParams
+from stages.common.truncation import cut_conversation
+from stages.conversations.left_out import PARAMETERS
 from stages.conversations.messages import Counts, left_out_notes, read_messages
-from stages.conversations.selection import PARAMETERS
 from stages.prepare import leak_note, prepare, split_notes
-from stages.tokenize import cut_to_turns, encode, load_chat, take_late_system
+from stages.tokenize import encode, load_chat, take_late_system
 
 BASE = Path("models/base")
 SHOWN = 3  # conversations
@@ -88,24 +89,25 @@ def in_order(splits: dict[str, pd.DataFrame], messages: pd.DataFrame) -> pd.Data
     return table.loc[table["message_ids"].map(lambda ids: place[ids[0]]).sort_values(kind="stable").index]
 
 
-def tokens_of(chat: Chat, decode: Any, conversations: pd.DataFrame, max_length: int) -> Tokens:
+def tokens_of(chat: Chat, decode: Any, conversations: pd.DataFrame, max_length: int, side: str) -> Tokens:
     """Conversations in tokens, as the tokenize stage counts, drops and cuts them. `decode`: token ids to text."""
     taken, late = take_late_system(chat, conversations)
-    dropped, kept, lengths, examples = Counter(late_system=len(late)), Counter[str](), [], []
+    dropped, kept = Counter(late_system=len(late)), Counter[str]()
+    lengths: list[int] = []
+    examples: list[Example] = []
     trained = cut_off = 0
     for row, encoded in encode(chat, taken):
         lengths.append(len(encoded.ids))
-        cut = cut_to_turns(encoded, row.trained, max_length)
+        cut = cut_conversation(chat, (row.messages, row.trained), encoded, max_length, side)
         if cut is None:
-            dropped["first_answer_beyond_max_length"] += 1
+            dropped["too_long"] += 1
             continue
-        ids, mask, lost = cut
         kept[row.split] += 1
-        trained += sum(mask)
-        cut_off += lost
+        trained += sum(cut.mask)
+        cut_off += cut.lost
         if len(examples) < SHOWN:
-            runs = groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1]))
-            examples.append(Example([(decode([i for i, _ in run]), mark) for mark, run in runs], len(ids)))
+            runs = groupby(zip(cut.ids, cut.mask, strict=True), key=lambda pair: bool(pair[1]))
+            examples.append(Example([(decode([i for i, _ in run]), mark) for mark, run in runs], len(cut.ids)))
     return Tokens(lengths, kept, trained, +dropped, cut_off, examples)
 
 
@@ -149,7 +151,8 @@ def report_rows(counts: Counts, funnel: dict[str, Any], notes: list[str]) -> Non
 
 def governed(reason: str) -> str:
     """A reason, and the parameter that governs it."""
-    return f"{reason} (parameter {PARAMETERS[reason]})" if reason in PARAMETERS else reason
+    parameter = PARAMETERS.get(reason)
+    return f"{reason} (parameter {parameter})" if parameter else reason
 
 
 def report_dropped(funnel: dict[str, Any], tokens: Tokens | None) -> None:
@@ -240,7 +243,7 @@ def main() -> None:
     tokens = None
     if (BASE / "source.json").is_file():
         tokenizer, chat, _ = load_chat(section_of(params.model_dump(), TokenizeParams))
-        tokens = tokens_of(chat, tokenizer.decode, conversations, params.max_length)
+        tokens = tokens_of(chat, tokenizer.decode, conversations, params.max_length, params.truncation_side)
     report_rows(counts, funnel, notes)
     report_dropped(funnel, tokens)
     kept = tokens.kept if tokens else {name: counts["conversations"] for name, counts in funnel["kept"].items()}

@@ -30,6 +30,8 @@ from stages.conversations.filters import (
 )
 from stages.conversations.held_out import hold_out
 from stages.conversations.known import check_known
+from stages.conversations.languages import detect_languages, detected_note
+from stages.conversations.left_out import check_left, left_out_table, left_out_warnings
 from stages.conversations.messages import Counts, check_bad_rows, check_unsupported, left_out_notes, read_messages
 from stages.conversations.selection import Selection
 from stages.conversations.splits import settle_splits, settled_splits, split_note, threads_by_split
@@ -51,6 +53,9 @@ def prepare(
     """
     check_unsupported(messages, params.unsupported_rows)
     check_bad_rows(messages, params.max_bad_rows, sources)
+    detected: dict[str, int] | None = None
+    if params.detect_languages:
+        messages, detected = detect_languages(messages, params.languages)
     selection = keep_messages(Selection.of(messages), (*VALID, *FILTERS), params)
     selection = keep_messages(settle_splits(selection, settled_splits(messages)), ALTERNATING, params)
     selection = selection.with_threads(find_threads(selection.messages, params.threads), "other_thread")
@@ -58,12 +63,14 @@ def prepare(
     selection = hold_out(keep_threads(selection, THREAD_FILTERS, params), params)
     selection = keep_threads(selection, REPETITIONS, params)
     splits = threads_by_split(selection, params)
+    check_left(splits, selection)
     if params.dataset_weights is not None:
         used = {ids for threads in splits.values() for ids in threads}
         selection = selection.keep_threads([ids in used for ids in selection.threads], "below_weight")
     tables = {name: conversation_table(selection, threads, params.system_prompt) for name, threads in splits.items()}
     kept = {name: count_kept(selection.messages, table) for name, table in tables.items()}
-    return tables, {"read": selection.funnel.read, "dropped": selection.funnel.dropped, "kept": kept}
+    funnel = {"read": selection.funnel.read, "dropped": selection.funnel.dropped, "kept": kept}
+    return tables, funnel if detected is None else {**funnel, "detected_languages": detected}
 
 
 def split_notes(messages: pd.DataFrame, folders: Sequence[Path]) -> list[str]:
@@ -104,15 +111,18 @@ def main() -> None:
     for number, note in enumerate(split_notes(messages, folders)):
         print(f"prepare: {sources[number]['source']}: {note}", flush=True)
     splits, funnel = prepare(messages, params, [source["source"] for source in sources])
-    if note := leak_note(funnel):
-        print(note, file=sys.stderr, flush=True)
+    if leak := leak_note(funnel):
+        print(leak, file=sys.stderr, flush=True)
     with write_whole(FUNNEL) as report, write_whole(PREPARED) as folder:
         write_json(report, funnel)
         folder.mkdir()
         for name, conversations in splits.items():
             conversations.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "params.json", params.model_dump())
-    kept = ", ".join(f"{len(c)} for {name}" for name, c in splits.items())
-    print(f"prepare: {funnel['read']['messages']} messages in {funnel['read']['trees']} trees -> conversations: {kept}")
+    if params.detect_languages:
+        print(f"prepare: {detected_note(funnel['detected_languages'])}")
     held, trees = (sum(funnel["kept"][name]["trees"] for name in names) for names in (["validation"], funnel["kept"]))
     print(f"prepare: held out {held} of {trees} trees ({held / trees:.1%})")
+    print("\n".join(left_out_table(funnel)), flush=True)
+    for warning in left_out_warnings(funnel):
+        print(warning, file=sys.stderr, flush=True)

@@ -3,11 +3,13 @@
 Reads data/prepared/ and the tokenizer of models/base/.
 Writes data/tokenized/{train,validation}.parquet (input_ids, assistant_masks, length), data/tokenized/tokenizer/ (the
 base model's tokenizer with the chosen template, end and padding token), data/tokenized/params.json (how the data were
-made so far) and reports/tokens.json (counts, and the tokens that end answers).
+made so far), reports/tokens.json (counts, and the tokens that end answers) and reports/tokens.html (a sample of
+conversations, token by token).
 Run: `dvc repro tokenize`
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,22 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
+from stages.common.artifacts import read_json, read_parquet, write_json, write_text, write_whole
 from stages.common.chat import Chat, ChatError, Encoded, check_same_ids, has_marks, rendered_by
 from stages.common.errors import StageError
+from stages.common.left_out import aligned, is_much, left_out_warning
 from stages.common.masks import supervised_tokens
 from stages.common.model_files import load_config, load_tokenizer
 from stages.common.params import TEMPLATES, load_params
 from stages.common.schema import TokenizeParams
+from stages.common.token_page import Shown, show_sample, token_page
+from stages.common.truncation import cut_conversation
 
 BASE = Path("models/base")
 PREPARED = Path("data/prepared")
 TOKENIZED = Path("data/tokenized")
 TOKENS = Path("reports/tokens.json")
+PAGE = Path("reports/tokens.html")
 
 SPLITS = ("train", "validation")
 COLUMNS = ("messages", "trained", "lang", "message_tree_id")  # what is read of a conversation
@@ -83,23 +89,6 @@ def set_special_tokens(
     return ends
 
 
-def cut_to_turns(encoded: Encoded, trained: Sequence[bool], max_length: int) -> tuple[list[int], list[int], int] | None:
-    """A conversation up to the last complete answer within `max_length` tokens.
-
-    Returns its ids, its mask (1 on the tokens of the answers that are to be trained on) and how many answers it lost;
-    None when no answer to train on fits.
-    """
-    kept = [span for span in encoded.spans if span[1] <= max_length]
-    if not any(trained[: len(kept)]):
-        return None
-    end = kept[-1][1]
-    mask = [0] * end
-    for (start, stop), wanted in zip(kept, trained, strict=False):
-        if wanted:
-            mask[start:stop] = [1] * (stop - start)
-    return encoded.ids[:end], mask, len(encoded.spans) - len(kept)
-
-
 def take_late_system(chat: Chat, conversations: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The conversations without those that the template refuses only for a system message after other turns.
 
@@ -135,25 +124,45 @@ def encode(chat: Chat, conversations: pd.DataFrame) -> Iterator[tuple[Any, Encod
 
 
 def tokenize(
-    conversations: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str = "chat_template"
+    conversations: pd.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str = "chat_template",
+    truncation_side: str = "right",
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Conversations (columns messages, trained, lang, message_tree_id) to tokens, and the counts of what was kept.
 
-    Returns columns input_ids, assistant_masks (arrays of integers), length, lang, message_tree_id.
+    Returns columns input_ids, assistant_masks (arrays of integers), length, lang, message_tree_id, answers_cut_off.
+    Its index says which of the conversations a row is; those of which nothing is left are missing.
     """
-    rows, escaped, lost = [], 0, {"first_answer_beyond_max_length": 0, "answers_cut_off": 0}
-    for row, encoded in encode(Chat.of(tokenizer, name), conversations):
-        cut = cut_to_turns(encoded, row.trained, max_length)
+    rows, kept, escaped, answers, wanted, lost = [], [], 0, 0, 0, {"too_long": 0, "answers_cut_off": 0}
+    chat = Chat.of(tokenizer, name)
+    for row, encoded in encode(chat, conversations):
+        wanted += sum(
+            stop - start for (start, stop), is_wanted in zip(encoded.spans, row.trained, strict=True) if is_wanted
+        )
+        cut = cut_conversation(chat, (row.messages, row.trained), encoded, max_length, truncation_side)
         if cut is None:
-            lost["first_answer_beyond_max_length"] += 1
+            lost["too_long"] += 1
             continue
-        ids, mask, lost_answers = cut
         escaped += encoded.escaped
-        lost["answers_cut_off"] += lost_answers
+        lost["answers_cut_off"] += cut.lost
+        answers += cut.trained
+        kept.append(row.Index)
         # As arrays they take a fifth of the memory, and Python's garbage collector does not walk through them.
-        rows.append((np.array(ids), np.array(mask), len(ids), row.lang, row.message_tree_id))
-    frame = pd.DataFrame(rows, columns=["input_ids", "assistant_masks", "length", "lang", "message_tree_id"])
-    return frame, {**count_tokens(frame), "control_tokens_escaped": escaped, "dropped": lost}
+        ids, mask = np.array(cut.ids), np.array(cut.mask)
+        rows.append((ids, mask, len(ids), row.lang, row.message_tree_id, cut.lost))
+    columns = ["input_ids", "assistant_masks", "length", "lang", "message_tree_id", "answers_cut_off"]
+    frame = pd.DataFrame(rows, columns=columns, index=pd.Index(kept, dtype=conversations.index.dtype))
+    counts = count_tokens(frame)
+    unseen = max(0, wanted - counts["supervised_tokens"])
+    more = {
+        "supervised_tokens_lost": unseen,
+        "supervised_share_lost": round(unseen / wanted, 4) if wanted else 0.0,
+        "supervised_answers": answers,
+        "control_tokens_escaped": escaped,
+    }
+    return frame, {**counts, **more, "dropped": lost}
 
 
 def count_tokens(frame: pd.DataFrame) -> dict[str, Any]:
@@ -167,14 +176,43 @@ def count_tokens(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def report_split(split: str, counts: dict[str, Any]) -> None:
-    """Print what became of a split, in one or two lines."""
-    print(f"tokenize: {split}: {counts['conversations']} conversations, {counts['tokens']} tokens")
+def tokens_table(counts: dict[str, Any], read: dict[str, int]) -> list[str]:
+    """The lines of the table of what became of each split; `read` is how many conversations it had."""
+    splits = [(counts[split], read[split]) for split in SPLITS]
+    reasons = [reason for reason in splits[0][0]["dropped"] if reason != "answers_cut_off"]
+    rows: list[list[object]] = [["", *SPLITS], ["conversations read", *(number for _, number in splits)]]
+    rows += [[f"left out: {reason}", *(split["dropped"][reason] for split, _ in splits)] for reason in reasons]
+    for words, key in (
+        ("conversations kept", "conversations"),
+        ("tokens", "tokens"),
+        ("supervised tokens", "supervised_tokens"),
+        ("supervised tokens lost", "supervised_tokens_lost"),
+    ):
+        rows.append([words, *(split[key] for split, _ in splits)])
+    rows.append(["share of them lost", *(f"{split['supervised_share_lost']:.1%}" for split, _ in splits)])
+    rows.append(["answers cut off", *(split["dropped"]["answers_cut_off"] for split, _ in splits)])
+    return aligned(rows, "tokenize")
+
+
+def warnings_of(split: str, counts: dict[str, Any], read: int) -> list[str]:
+    """What a user should know of a split, one line each."""
+    lines = []
     if escaped := counts["control_tokens_escaped"]:
-        print(
+        lines.append(
             f"tokenize: {split}: {escaped} conversations spell control tokens; an invisible space was put inside each, "
             "as the chat app does"
         )
+    parameters = {"too_long": "max_length", "late_system": "chat_template"}
+    for reason, number in counts["dropped"].items():
+        if reason in parameters and is_much(number, read):
+            lines.append(
+                left_out_warning("tokenize", f"{split}: {reason}", number, read, parameters[reason], "conversations")
+            )
+    lost = counts["supervised_tokens_lost"]
+    wanted = lost + counts["supervised_tokens"]
+    if is_much(lost, wanted):
+        lines.append(left_out_warning("tokenize", f"{split}: cutting", lost, wanted, "max_length", "supervised tokens"))
+    return lines
 
 
 def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, list[str]]:
@@ -212,14 +250,19 @@ def main() -> None:
 
     prepared = read_json(PREPARED / "params.json", ["system_prompt"])
     counts: dict[str, Any] = {}
-    with write_whole(TOKENS) as report, write_whole(TOKENIZED) as folder:
+    read: dict[str, int] = {}
+    shown: list[Shown] = []
+    with write_whole(PAGE) as page, write_whole(TOKENS) as report, write_whole(TOKENIZED) as folder:
         folder.mkdir()
         for split in SPLITS:
             conversations = read_parquet(PREPARED / f"{split}.parquet", COLUMNS)
+            read[split] = len(conversations)
             conversations, refused = take_late_system(chat, conversations)
             if refused:
                 print(f"tokenize: {split}: {len(refused)} conversations are left out (late_system): {refused[0]}")
-            frame, counts[split] = tokenize(conversations, tokenizer, params.max_length, chat.name)
+            frame, counts[split] = tokenize(
+                conversations, tokenizer, params.max_length, chat.name, params.truncation_side
+            )
             counts[split]["dropped"]["late_system"] = len(refused)
             if frame.empty and refused:
                 raise StageError(f"no conversation of {split} is left. {refused[0]}")
@@ -228,7 +271,12 @@ def main() -> None:
                     f"no conversation of {split} fits into max_length, {params.max_length} tokens. Raise it."
                 )
             frame.to_parquet(folder / f"{split}.parquet", index=False)
-            report_split(split, counts[split])
+            shown += show_sample(chat, tokenizer, (conversations, frame), split, params)
         tokenizer.save_pretrained(folder / "tokenizer")
         write_json(folder / "params.json", {**prepared, **params.model_dump()})
         write_json(report, {**counts, "end_tokens": ends})
+        write_text(page, token_page(shown, counts, ends))
+    print("\n".join(tokens_table(counts, read)), flush=True)
+    for split in SPLITS:
+        for line in warnings_of(split, counts[split], read[split]):
+            print(line, file=sys.stderr, flush=True)

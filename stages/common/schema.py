@@ -70,6 +70,10 @@ class PrepareParams(Section):
     languages: list[str] = Field(
         description="Languages to keep, as the data name them (pt-BR, uk-UA, …); [] keeps all."
     )
+    detect_languages: bool = Field(
+        default=False,
+        description="Detect the language of conversations that state none; short or unclear ones stay unknown.",
+    )
     min_quality: Annotated[float, Field(ge=0, le=1)] | None = Field(
         description="Drop answers whose quality label (0 to 1) is lower; null drops none."
     )
@@ -97,7 +101,12 @@ class TokenizeParams(Section):
         description="A file of stages/templates/ (chatml, phi2), or model for the base model's own template.",
     )
     max_length: int = Field(
-        ge=16, description="Tokens a conversation may have; a longer one loses complete turns from its end."
+        ge=16, description="Tokens a conversation may have; a longer one loses complete turns (truncation_side)."
+    )
+    truncation_side: Literal["right", "left"] = Field(
+        default="right",
+        description="What a too long conversation loses: right, its last turns; left, its first turns after the system "
+        "message.",
     )
 
 

@@ -1,6 +1,7 @@
-"""What drops messages and threads: tables of (reason, condition), in the order in which they apply.
+"""What drops messages and threads: tables of (reason, parameter, condition), in the order in which they apply.
 
-A condition returns a mask of what stays, or None where its parameter turns it off. What is unknown of a message passes.
+The parameter is the one that governs the step; None where none does. A condition returns a mask of what stays, or None
+where its parameter turns it off. What is unknown of a message passes.
 To add a filter: its line here, its field in PrepareParams (stages/common/schema.py), its test.
 """
 
@@ -15,8 +16,8 @@ from stages.conversations.selection import Selection
 from stages.conversations.threads import answered, reachable, right_roles
 from stages.conversations.turns import GREETING, LATE_SYSTEM, SYSTEM_AT_END, UNSUPPORTED
 
-Filter = tuple[str, Callable[[pd.DataFrame, PrepareParams], pd.Series | None]]
-ThreadFilter = tuple[str, Callable[[Selection, PrepareParams], Sequence[bool] | None]]
+Filter = tuple[str, str | None, Callable[[pd.DataFrame, PrepareParams], pd.Series | None]]
+ThreadFilter = tuple[str, str | None, Callable[[Selection, PrepareParams], Sequence[bool] | None]]
 LEAK = "question_is_held_out"
 
 
@@ -28,38 +29,46 @@ def not_left_out(messages: pd.DataFrame, reason: str) -> pd.Series | None:
 
 # Rows that are messages of a tree.
 VALID: tuple[Filter, ...] = (
-    (UNSUPPORTED, lambda messages, params: not_left_out(messages, UNSUPPORTED)),
-    (LATE_SYSTEM, lambda messages, params: not_left_out(messages, LATE_SYSTEM)),
-    (GREETING, lambda messages, params: not_left_out(messages, GREETING)),
-    (SYSTEM_AT_END, lambda messages, params: not_left_out(messages, SYSTEM_AT_END)),
-    ("bad_row", lambda messages, params: messages["bad"].isna()),
-    ("empty", lambda messages, params: messages["text"].str.strip() != ""),
-    ("duplicate_id", lambda messages, params: ~messages["message_id"].duplicated()),
-    ("orphan", lambda messages, params: reachable(messages)),
+    (UNSUPPORTED, "unsupported_rows", lambda messages, params: not_left_out(messages, UNSUPPORTED)),
+    (LATE_SYSTEM, None, lambda messages, params: not_left_out(messages, LATE_SYSTEM)),
+    (GREETING, None, lambda messages, params: not_left_out(messages, GREETING)),
+    (SYSTEM_AT_END, None, lambda messages, params: not_left_out(messages, SYSTEM_AT_END)),
+    ("bad_row", "max_bad_rows", lambda messages, params: messages["bad"].isna()),
+    ("empty", None, lambda messages, params: messages["text"].str.strip() != ""),
+    ("duplicate_id", None, lambda messages, params: ~messages["message_id"].duplicated()),
+    ("orphan", None, lambda messages, params: reachable(messages)),
 )
 
 # Messages that the parameters choose.
 FILTERS: tuple[Filter, ...] = (
     (
         "tree_state",
+        "tree_states",
         lambda messages, params: (
             messages["tree_state"].isna() | messages["tree_state"].isin(params.tree_states)
             if params.tree_states
             else None
         ),
     ),
-    ("deleted", lambda messages, params: ~messages["deleted"].astype(bool)),
+    ("deleted", None, lambda messages, params: ~messages["deleted"].astype(bool)),
     (
         "rejected_in_review",
+        "require_review",
         lambda messages, params: messages["review_result"].ne(False) if params.require_review else None,
     ),
-    ("synthetic", lambda messages, params: None if params.allow_synthetic else ~messages["synthetic"].astype(bool)),
+    (
+        "synthetic",
+        "allow_synthetic",
+        lambda messages, params: None if params.allow_synthetic else ~messages["synthetic"].astype(bool),
+    ),
     (
         "language",
+        "languages",
         lambda messages, params: messages["lang"].isin([*params.languages, UNKNOWN]) if params.languages else None,
     ),
     (
         "quality",
+        "min_quality",
         lambda messages, params: (
             None
             if params.min_quality is None
@@ -68,18 +77,19 @@ FILTERS: tuple[Filter, ...] = (
     ),
     (
         "toxicity",
+        "max_toxicity",
         lambda messages, params: (
             None if params.max_toxicity is None else ~(messages["toxicity"] > params.max_toxicity).fillna(False)
         ),
     ),
-    ("below_a_dropped_message", lambda messages, params: reachable(messages)),
+    ("below_a_dropped_message", None, lambda messages, params: reachable(messages)),
 )
 
 # Messages that can stand in a conversation.
 ALTERNATING: tuple[Filter, ...] = (
-    ("wrong_role", lambda messages, params: right_roles(messages)),
-    ("below_a_wrong_role", lambda messages, params: reachable(messages)),
-    ("unanswered_question", lambda messages, params: answered(messages)),
+    ("wrong_role", None, lambda messages, params: right_roles(messages)),
+    ("below_a_wrong_role", None, lambda messages, params: reachable(messages)),
+    ("unanswered_question", None, lambda messages, params: answered(messages)),
 )
 
 
@@ -93,21 +103,25 @@ def has_trained_answer(selection: Selection, params: PrepareParams) -> list[bool
 
 # Threads that become conversations.
 THREAD_FILTERS: tuple[ThreadFilter, ...] = (
-    ("below_min_turns", lambda selection, params: [len(ids) >= 2 * params.min_turns for ids in selection.threads]),
-    ("not_to_be_trained", has_trained_answer),
+    (
+        "below_min_turns",
+        "min_turns",
+        lambda selection, params: [len(ids) >= 2 * params.min_turns for ids in selection.threads],
+    ),
+    ("not_to_be_trained", None, has_trained_answer),
 )
 
 # Threads that repeat others, once it is settled which are held out.
 REPETITIONS: tuple[ThreadFilter, ...] = (
-    (LEAK, new_questions),  # first, so that its number is that of the leak, copies included
-    ("duplicate_conversation", first_copies),
-    ("near_duplicate", dissimilar),
+    (LEAK, None, new_questions),  # first, so that its number is that of the leak, copies included
+    ("duplicate_conversation", None, first_copies),
+    ("near_duplicate", "max_similarity", dissimilar),
 )
 
 
 def keep_messages(selection: Selection, filters: Iterable[Filter], params: PrepareParams) -> Selection:
     """What the filters leave of a selection's messages."""
-    for reason, condition in filters:
+    for reason, _, condition in filters:
         mask = condition(selection.messages, params)
         if mask is not None:
             selection = selection.keep(mask, reason)
@@ -116,7 +130,7 @@ def keep_messages(selection: Selection, filters: Iterable[Filter], params: Prepa
 
 def keep_threads(selection: Selection, filters: Iterable[ThreadFilter], params: PrepareParams) -> Selection:
     """What the filters leave of a selection's threads."""
-    for reason, condition in filters:
+    for reason, _, condition in filters:
         mask = condition(selection, params)
         if mask is not None:
             selection = selection.keep_threads(mask, reason)

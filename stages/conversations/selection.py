@@ -9,25 +9,6 @@ import pandas as pd
 Thread = tuple[str, ...]  # the message ids from a root to an answer
 
 
-# The parameter that governs a step, by its reason.
-PARAMETERS = {
-    "unsupported": "unsupported_rows",
-    "bad_row": "max_bad_rows",
-    "tree_state": "tree_states",
-    "rejected_in_review": "require_review",
-    "synthetic": "allow_synthetic",
-    "language": "languages",
-    "quality": "min_quality",
-    "toxicity": "max_toxicity",
-    "other_thread": "threads",
-    "beyond_max_turns": "max_turns",
-    "below_min_turns": "min_turns",
-    "near_duplicate": "max_similarity",
-    "below_weight": "dataset_weights",
-    "first_answer_beyond_max_length": "max_length",
-}
-
-
 def count(messages: pd.DataFrame) -> dict[str, Any]:
     """Messages, trees and characters of `messages`: in all, and by_language."""
 

@@ -9,7 +9,7 @@ import pandas as pd
 from stages.common.errors import StageError
 from stages.common.schema import PrepareParams
 from stages.conversations.files import split_of
-from stages.conversations.selection import PARAMETERS, Selection, Thread
+from stages.conversations.selection import Selection, Thread
 
 # A split that files state -> what becomes of it: train, validation (held out), OTHER (left out), None (by hash).
 Fates = dict[str | None, str | None]
@@ -96,10 +96,7 @@ def weighted(threads: Sequence[Thread], weight: float, seed: int) -> list[Thread
 
 
 def threads_by_split(selection: Selection, params: PrepareParams) -> dict[str, list[Thread]]:
-    """The threads of train, as often as `dataset_weights` says (ordered by data set), and of validation.
-
-    Raises StageError when a split is empty.
-    """
+    """The threads of train, as often as `dataset_weights` says (ordered by data set), and of validation."""
     held = held_out_roots(selection.messages)
     train = [ids for ids in selection.threads if ids[0] not in held]
     if params.dataset_weights is not None:
@@ -109,22 +106,4 @@ def threads_by_split(selection: Selection, params: PrepareParams) -> dict[str, l
             for number, weight in enumerate(params.dataset_weights)
             for ids in weighted([ids for ids in train if dataset[ids[0]] == number], weight, params.split_seed)
         ]
-    splits = {"train": train, "validation": [ids for ids in selection.threads if ids[0] in held]}
-    for name, threads in splits.items():
-        if not threads:
-            raise StageError(f"no conversation is left for {name}: {why_empty(selection)}")
-    return splits
-
-
-def why_empty(selection: Selection) -> str:
-    """What left a split without a conversation, and what to change."""
-    read, dropped = selection.funnel.read, selection.funnel.dropped
-    reason = max(dropped, key=lambda name: dropped[name]["messages"], default=None)
-    count = dropped[reason]["messages"] if reason else 0
-    trees = len({ids[0] for ids in selection.threads})
-    said = f"of {read['trees']} trees, {trees} passed all steps. "
-    if count > read["messages"] / 2:
-        languages = f", in {', '.join(dropped[reason]['by_language'])}" if reason == "language" else ""
-        change = f"Change {PARAMETERS[reason]} in params.yaml" if reason in PARAMETERS else "docs/data.md explains it"
-        return f"{said}Most messages, {count} of {read['messages']}{languages}, were dropped as `{reason}`. {change}."
-    return f"{said}One must be trained on and another, with another question, be held out. Put more data there."
+    return {"train": train, "validation": [ids for ids in selection.threads if ids[0] in held]}

@@ -25,7 +25,7 @@ CASES = [
 
 
 def test_every_filter_has_a_case():
-    assert {reason for _, _, reason in CASES} == {reason for reason, _ in FILTERS} - {"below_a_dropped_message"}
+    assert {reason for _, _, reason in CASES} == {reason for reason, *_ in FILTERS} - {"below_a_dropped_message"}
 
 
 @pytest.mark.parametrize("changes, row, reason", CASES)
@@ -49,7 +49,7 @@ def test_cycles_are_orphans():
 
 def test_a_filter_that_its_parameter_turns_off_is_not_in_the_funnel():
     off = {"tree_states": [], "require_review": False}
-    assert set(run(trees_in_both_splits(), **off)[1]["dropped"]) & {reason for reason, _ in FILTERS} == {
+    assert set(run(trees_in_both_splits(), **off)[1]["dropped"]) & {reason for reason, *_ in FILTERS} == {
         "deleted",
         "below_a_dropped_message",
     }

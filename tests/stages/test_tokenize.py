@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from stages.common.chat import Chat, Encoded
 from stages.common.errors import StageError
 from stages.common.masks import answer_spans
-from stages.tokenize import cut_to_turns, load_template, set_special_tokens, take_late_system, tokenize
+from stages.common.truncation import cut_to_turns
+from stages.tokenize import load_template, set_special_tokens, take_late_system, tokenize
 from tests.support.templates import LOOP, PROMPT, SMALL, TURN, tokenizer_for
 
 TALK = [
@@ -113,15 +114,15 @@ def test_cutting_keeps_complete_turns():
     mask = [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0]
     encoded = Encoded(ids, [(2, 4), (6, 9), (10, 11)], escaped=False)
     both = [True, True, True]
-    assert cut_to_turns(encoded, both, 12) == (ids[:11], mask[:11], 0)
-    assert cut_to_turns(encoded, both, 10) == (ids[:9], mask[:9], 1)
-    assert cut_to_turns(encoded, both, 9) == (ids[:9], mask[:9], 1)
-    assert cut_to_turns(encoded, both, 8) == (ids[:4], mask[:4], 2)
+    assert cut_to_turns(encoded, both, 12) == (ids[:11], mask[:11], 0, 3)
+    assert cut_to_turns(encoded, both, 10) == (ids[:9], mask[:9], 1, 2)
+    assert cut_to_turns(encoded, both, 9) == (ids[:9], mask[:9], 1, 2)
+    assert cut_to_turns(encoded, both, 8) == (ids[:4], mask[:4], 2, 1)
     assert cut_to_turns(encoded, both, 3) is None
-    assert cut_to_turns(encoded, [False, True, True], 12) == (ids[:11], [0] * 6 + [1, 1, 1, 0, 1], 0)
+    assert cut_to_turns(encoded, [False, True, True], 12) == (ids[:11], [0] * 6 + [1, 1, 1, 0, 1], 0, 2)
     assert cut_to_turns(encoded, [False, True, True], 8) is None  # nothing left to train on
     side_by_side = Encoded(ids, [(2, 4), (4, 6)], escaped=False)
-    assert cut_to_turns(side_by_side, [True, True], 5) == (ids[:4], [0, 0, 1, 1], 1)
+    assert cut_to_turns(side_by_side, [True, True], 5) == (ids[:4], [0, 0, 1, 1], 1, 1)
 
 
 def conversations(talks: list[list[dict]]) -> pd.DataFrame:
@@ -135,7 +136,7 @@ def test_counts_and_what_is_dropped(llama):
     whole = encode(llama, TALK)[1][-1][1]  # without the line break after the last end token
     frame, counts = tokenize(conversations([TALK, hostile, long, TALK[1:3]]), llama, whole - 1)
     assert counts["dropped"] == {
-        "first_answer_beyond_max_length": 1,
+        "too_long": 1,
         "answers_cut_off": 1,
     }
     assert counts["conversations"] == len(frame) == 3 and counts["control_tokens_escaped"] == 1
@@ -195,4 +196,4 @@ def test_every_answer_of_many_batches_is_supervised_and_no_other_is():
     for i, (ids, mask) in enumerate(zip(frame["input_ids"], frame["assistant_masks"], strict=True)):
         (span,) = answer_spans(mask)
         assert tokenizer.decode(ids[slice(*span)]) == f"{i}!<|im_end|>" and span[1] == len(ids)
-    assert counts["dropped"] == {"first_answer_beyond_max_length": 0, "answers_cut_off": 0}
+    assert counts["dropped"] == {"too_long": 0, "answers_cut_off": 0}

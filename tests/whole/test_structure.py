@@ -30,6 +30,7 @@ SHAPES_NO_OUTPUT = {
     "stages.common.entry": "sets the environment and reports failures",
     "stages.common.errors": "words of failures",
     "stages.common.experiments": "a stage may refuse because of it, and computes nothing else because of it",
+    "stages.common.left_out": "words for the console",
     "stages.common.locks": "waits",
     "stages.common.machine": "a stage may refuse because of the machine, and computes nothing else because of it",
     "stages.common.memory": "a stage may refuse because of it, and computes nothing else because of it",
