@@ -179,6 +179,6 @@ def test_what_is_trained_is_what_the_data_say(name, ending, data):
     takes, refused = take_late_system(chat, conversations)
     frame, counts = tokenize(takes, tokenizer, 100_000, name)
     assert len(frame) + len(refused) == len(conversations)
-    assert counts["dropped"] == {"first_answer_beyond_max_length": 0, "answers_cut_off": 0}
+    assert counts["dropped"] == {"too_long": 0, "answers_cut_off": 0}
     for row in frame.itertuples():
         check_supervised(chat, tokenizer, kept[row.message_tree_id], row)
