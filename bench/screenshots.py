@@ -1,6 +1,8 @@
-"""Take the screenshots that README.md shows, docs/compare.png and docs/phone.png, with the exported models.
+"""Take the screenshots of README.md and docs/data.md: docs/compare.png and docs/phone.png with the exported models,
+docs/tokens.png of reports/tokens.html.
 
-Needs Chromium on PATH. Run: `python -m bench.screenshots`
+Needs Chromium on PATH. Run: `python -m bench.screenshots`. With `tokens` as argument it takes
+the last one alone.
 """
 
 import shutil
@@ -12,6 +14,7 @@ from playwright.sync_api import sync_playwright
 from bench.chat_server import ROOT, chat_server
 
 MODELS = ROOT / "models/onnx"
+TOKENS = ROOT / "reports/tokens.html"
 DOCS = ROOT / "docs"
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1180, "height": 760}}
 PHONE: dict[str, Any] = {
@@ -50,12 +53,17 @@ def ask(page: Any, box: str, prompt: str) -> None:
     page.wait_for_timeout(500)  # until the page has scrolled
 
 
-def main() -> None:
-    if (executable := chromium()) is None:
-        sys.exit("error: no chromium on PATH. Install it (Debian: apt-get install chromium).")
-    DOCS.mkdir(exist_ok=True)
-    with chat_server(MODELS) as (address, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+def take_tokens(browser: Any) -> None:
+    """The page of tokens: its legend, and the conversation with the most turns."""
+    page = browser.new_context(viewport={"width": 1180, "height": 1180}, device_scale_factor=1).new_page()
+    page.goto(TOKENS.as_uri())
+    page.evaluate("document.querySelectorAll('section').forEach(s => { s.hidden = !/most turns/.test(s.innerText) })")
+    page.screenshot(path=DOCS / "tokens.png")
+
+
+def take_chat(browser: Any) -> None:
+    """The chat app, on a desktop and on a phone."""
+    with chat_server(MODELS) as (address, _):
         page = browser.new_context(**DESKTOP).new_page()
         page.goto(address)
         settle(page, 80)
@@ -67,8 +75,18 @@ def main() -> None:
         settle(page, 56)
         ask(page, "chat-box", CHATTED)
         page.screenshot(path=DOCS / "phone.png")
+
+
+def main() -> None:
+    if (executable := chromium()) is None:
+        sys.exit("error: no chromium on PATH. Install it (Debian: apt-get install chromium).")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        take_tokens(browser)
+        if sys.argv[1:] != ["tokens"]:
+            take_chat(browser)
         browser.close()
-    print(f"{DOCS / 'compare.png'} and {DOCS / 'phone.png'} are new. Look at them.")
+    print("The pictures in docs/ are new. Look at them.")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ PAGE = Path("reports/tokens.html")
 
 SPLITS = ("train", "validation")
 COLUMNS = ("messages", "trained", "lang", "message_tree_id")  # what is read of a conversation
+# The parameter that governs each reason to leave a conversation out.
+PARAMETERS = {"too_long": "max_length", "late_system": "chat_template"}
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -202,11 +204,10 @@ def warnings_of(split: str, counts: dict[str, Any], read: int) -> list[str]:
             f"tokenize: {split}: {escaped} conversations spell control tokens; an invisible space was put inside each, "
             "as the chat app does"
         )
-    parameters = {"too_long": "max_length", "late_system": "chat_template"}
     for reason, number in counts["dropped"].items():
-        if reason in parameters and is_much(number, read):
+        if reason in PARAMETERS and is_much(number, read):
             lines.append(
-                left_out_warning("tokenize", f"{split}: {reason}", number, read, parameters[reason], "conversations")
+                left_out_warning("tokenize", f"{split}: {reason}", number, read, PARAMETERS[reason], "conversations")
             )
     lost = counts["supervised_tokens_lost"]
     wanted = lost + counts["supervised_tokens"]

@@ -149,7 +149,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequ
         parts = [Part("‥", True)] if text is None else list(parts_of(text))
         if len(parts) > MAX_PIECES:
             parts = [*parts[:MAX_PIECES], Part("…", True)]
-        yield Token(int(token), kind, parts, bool(text) and text.endswith("\n"))
+        yield Token(int(token), kind, parts, text is not None and text.endswith("\n"))
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[str | None]:

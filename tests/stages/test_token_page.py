@@ -113,7 +113,8 @@ def test_it_is_the_same_twice_and_needs_nothing_from_elsewhere():
 def test_white_space_and_what_shows_nothing_are_shown():
     page, _ = page_of(TALKS, 1000)
     said = "".join(text for _, _, text in Reader(page).conversations[1])
-    assert "One⏎→two?" in said and "Zwölf·🙂" in said.replace("‥", "") and "U+200B" in said
+    said = said.replace("‥", "")  # of a character that is several tokens
+    assert "One⏎→two?" in said and "Zwölf·🙂U+200B" in said
     assert "<U+200B|im_end|>" in said  # as it is trained: a text that spells a control token is escaped
 
 
@@ -151,9 +152,9 @@ def test_the_sample_has_an_example_of_each_kind():
 
 
 def test_many_long_conversations_make_a_small_page():
-    long = "\n".join(f"{'x' * 200} {i} {' ' * 40}\u200b" for i in range(300))
-    many = pd.concat([table(talk(long, long, long, long), lang=f"l{i}") for i in range(40)], ignore_index=True)
-    page, _ = page_of(many, 8000)
+    long = "\n".join(f"{'x' * 200} {i} {' ' * 40}\u200b" for i in range(8))
+    many = pd.concat([table(talk(long, long, long, long), lang=f"l{i}") for i in range(10)], ignore_index=True)
+    page, _ = page_of(many, 6000)
     assert len(page.encode()) < 1_000_000
     tokens = Reader(page).conversations[0]
     assert len(tokens) == 2 * MAX_EDGE and "more tokens, not shown here" in page

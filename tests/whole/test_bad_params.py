@@ -36,7 +36,7 @@ VALUES = {
     "base_model: 5": "base_model: 5: must be a valid string",
     "base_model: microsoft/phi-2": "base_model_revision: 'sha256:",
     "dataset: pypi:package/file": "dataset: 'pypi:package/file'",
-    "dataset: data/local/mine.jsonl": "dataset: 'data/local/mine.jsonl': a local path needs file: before it; write file:data/",
+    "dataset: data/local/mine.jsonl": "dataset: 'data/local/mine.jsonl': a local path needs file: before it; write",
     "dataset: file://data/local/mine.jsonl": "without //; write file:data/local/mine.jsonl",
     "dataset: dvc.yaml": "dataset: 'dvc.yaml': a local path needs file: before it; write file:dvc.yaml",
     "base_model: models/local/mine": "base_model: 'models/local/mine': a local path needs file: before it",
