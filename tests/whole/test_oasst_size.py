@@ -6,10 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from stages.common.artifacts import write_json
-from stages.conversations.known import OASST1
-from tests.support.conversations import check_funnel
-from tests.support.oasst_size import (
+from bench.oasst_size import (
     LANGUAGES,
     MESSAGES,
     READY_MESSAGES,
@@ -19,6 +16,9 @@ from tests.support.oasst_size import (
     write_splits,
     write_trees,
 )
+from stages.common.artifacts import write_json
+from stages.conversations.known import OASST1
+from tests.support.conversations import check_funnel
 
 pytestmark = pytest.mark.slow
 EXPORT = "OpenAssistant/oasst1/2023-04-12_oasst_{}.trees.jsonl.gz"

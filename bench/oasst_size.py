@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
@@ -48,14 +49,14 @@ def tree(number: int, size: int, state: str, generator: random.Random) -> dict:
     Some of the worst-ranked answers were deleted, or rejected by reviewers: no best-ranked thread loses one.
     """
     lang = generator.choices(LANGUAGES, WEIGHTS)[0]
-    nodes: list[dict] = []
+    nodes: list[dict[str, Any]] = []
     depth: list[int] = []
     for i in range(size):
         parent = None if not nodes else generator.randrange(max(0, len(nodes) - 6), len(nodes))
         level = 0 if parent is None else depth[parent] + 1
         role = ["prompter", "assistant"][level % 2]
         length = 1 + int(generator.lognormvariate(*WORDS_OF_A_MESSAGE[role]))
-        node = {
+        node: dict[str, Any] = {
             "message_id": f"{number:08x}-{i:04x}",
             "text": f"{number} {i} " + " ".join(generator.choices(SCRIPTS.get(lang, WORDS), k=min(length, 1000))),
             "role": role,
@@ -137,7 +138,9 @@ def write_trees(path: Path, *, ready_alone: bool, seed: int = 0) -> Counter:
 def write_splits(folder: Path, seed: int = 0) -> Counter:
     """The ready trees as the hub's two splits, parquet; returns how many messages were deleted, and rejected."""
     marked: Counter = Counter()
-    schema, writers, rows, left = None, {}, {split: [] for split in SPLITS}, dict(SPLITS)
+    schema, left = None, dict(SPLITS)
+    writers: dict[str, ParquetWriter] = {}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for made in ready_trees(random.Random(seed)):
         messages = list(messages_of(made))
         # Trees go whole into a split; the small ones fill what is left of it to the last message.
