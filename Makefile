@@ -85,7 +85,7 @@ clean:  ## Remove caches and half-made outputs, and nothing that took work to ma
 		-o -name '.*.partial' \) -print0 | xargs -0 rm -rf
 	@rm -rf build dvc_plots
 
-lock: requirements.txt  ## Make requirements.lock anew from requirements.txt, at today's versions.
+lock: requirements.txt  ## Make requirements.lock again from requirements.txt, at today's versions.
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; $(PYTHON) -m venv "$$folder"; \
 		"$$folder/bin/python" -m pip install -qq --requirement requirements.txt; \
 		{ echo "# Made by \`make lock\`. What torch itself needs (its CUDA packages, where it is a CUDA build) is left to it."; \

@@ -23,7 +23,10 @@ from pathlib import Path
 
 import httpx
 import psutil
+import torch
 from ruamel.yaml import YAML
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedTokenizerFast
 
 from bench.chat_server import chat_server, idle, wait_until
 from commands import needs, plan
@@ -62,10 +65,6 @@ CHANGES = {
 
 def make_phi2(folder: Path) -> int:
     """Save a randomly initialised Phi in phi-2's shape, in float16 shards, with a small tokenizer; returns its size."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedTokenizerFast
-
     # https://huggingface.co/microsoft/phi-2, config.json
     config = PhiConfig(
         vocab_size=51200,
@@ -214,7 +213,7 @@ def main() -> None:
         planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
         killed = measured(project, "train", kill_when=first)
         rows.append(("train, killed after step 1", planned["train"].cpu, killed))
-        resumed = measured(project, "train", must_say="going on from models/checkpoints")
+        resumed = measured(project, "train", must_say="resuming from models/checkpoints")
         rows.append(("train, resumed for step 2", planned["train"].cpu, resumed))
         for base in ("original", "dequantized"):
             with (project / "params.yaml").open("w", encoding="utf-8") as file:

@@ -24,9 +24,10 @@ from stages.common.errors import StageError
 from stages.common.params import read_params, section_of
 from stages.common.schema import Params, PrepareParams, TokenizeParams
 from stages.common.truncation import cut_conversation
+from stages.conversations.left_out import PARAMETERS as STEPS
 from stages.conversations.messages import Counts, left_out_notes, read_messages
 from stages.prepare import leak_note, prepare, split_notes
-from stages.tokenize import encode, load_chat, take_late_system
+from stages.tokenize import PARAMETERS, encode, load_chat, take_late_system
 
 BASE = Path("models/base")
 SHOWN = 3  # conversations
@@ -146,16 +147,22 @@ def report_rows(counts: Counts, funnel: dict[str, Any], notes: list[str]) -> Non
         line("note", note)
 
 
+def governed(reason: str) -> str:
+    """A reason, and the parameter that governs it."""
+    parameter = STEPS.get(reason) or PARAMETERS.get(reason)
+    return f"{reason} (parameter {parameter})" if parameter else reason
+
+
 def report_dropped(funnel: dict[str, Any], tokens: Tokens | None) -> None:
     """What prepare and tokenize would drop, by reason, the largest first."""
     reasons = [(step["messages"], step["conversations"], reason) for reason, step in funnel["dropped"].items()]
     for messages, conversations, reason in sorted(reasons, reverse=True):
         if messages or conversations:
             whole = f" ({conversations} conversations)" if conversations else ""
-            line("dropped", f"{messages} messages{whole}: {reason}")
+            line("dropped", f"{messages} messages{whole}: {governed(reason)}")
     if tokens:
         for reason, conversations in tokens.dropped.most_common():
-            line("dropped", f"{conversations} conversations: {reason}")
+            line("dropped", f"{conversations} conversations: {governed(reason)}")
 
 
 def report_kept(kept: Mapping[str, int]) -> None:

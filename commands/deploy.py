@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi
@@ -20,14 +21,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Template
 
+from commands.lockfile import LOCK, read_lock
 from commands.space import BASE, ONNX, Pin, build_space
 from stages.common.artifacts import read_json, write_json, write_text, write_whole
+from stages.common.cards import model_card
 from stages.common.errors import StageError, first_line
-from stages.common.params import read_params
-from stages.common.records import read_source
+from stages.common.params import PARAMS, read_params
+from stages.common.records import read_source, read_sources
+from stages.common.schema import MergeParams
 
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
+RAW_SOURCE = Path("data/raw/source.json")
 REPORTS = [Path("reports") / name for name in ("evaluation.json", "exported.json", "samples.json", "samples.md")]
 CARD = Path(__file__).parent / "cards/hub.md"
 MODEL = Path("build/model")
@@ -37,7 +42,7 @@ UNPUBLISHED = "0" * 40  # the commit in a dry run's Space
 
 
 def build_model(repository: str) -> Path:
-    """Make build/model/ anew and return it: the merged model, its ONNX form, the adapter, what was measured, a card."""
+    """Make and return build/model/: the merged model, its ONNX form, the adapter, what was measured, a card."""
     for folder in (MERGED, ADAPTER, ONNX / "tuned"):
         if not folder.is_dir():
             raise StageError(f"{folder} is missing. Run `make all` to make it.")
@@ -56,15 +61,23 @@ def build_model(repository: str) -> Path:
         # Elsewhere a folder of this project names no base model.
         config = read_json(ADAPTER / "adapter_config.json")
         write_json(folder / "adapter/adapter_config.json", {**config, "base_model_name_or_path": on_hub})
-        card = (MERGED / "README.md").read_text(encoding="utf-8")
+        datasets, training = read_sources(RAW_SOURCE), read_json(ADAPTER / "training.json", ["params"])
+        card = model_card(training, read_source(BASE / "source.json"), datasets, merged_with(), repository)
         write_text(folder / "README.md", hub_card(card, repository))
     return MODEL
 
 
 def hub_card(card: str, repository: str) -> str:
-    """The merged model's card as the model repository shows it."""
-    here = card.replace(f'"{MERGED}"', f'"{repository}"').replace("in the project's `reports/", "in `reports/")
-    return Template(CARD.read_text(encoding="utf-8")).render(card=here, repository=repository) + "\n"
+    """The merged model's card for the repository, and the other files there."""
+    return Template(CARD.read_text(encoding="utf-8")).render(card=card, repository=repository) + "\n"
+
+
+def merged_with() -> dict[str, Any]:
+    """merge's parameters of the recorded run: those in params.yaml may be newer. Raises StageError without a record."""
+    recorded = read_lock().get("merge", {}).get("params", {}).get(str(PARAMS), {})
+    if lacking := [key for key in MergeParams.model_fields if key not in recorded]:
+        raise StageError(f"{LOCK} has no {lacking[0]} of merge. Run `make all` to record the run.")
+    return {key: recorded[key] for key in MergeParams.model_fields}
 
 
 def _link(source: str, target: str) -> None:

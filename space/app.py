@@ -46,7 +46,7 @@ def listen(host: str, port: int) -> socket.socket:
 def main() -> None:
     chosen = options()
     if not 0 <= chosen.port <= 65535:
-        sys.exit(f"error: --port {chosen.port}: a port is a number from 0 to 65535")
+        sys.exit(f"error: --port {chosen.port}: a port is a number from 0 to 65535: make serve PORT=7861")
     try:
         listener = listen(chosen.host, chosen.port)
     except OSError as error:

@@ -100,9 +100,12 @@ def main() -> None:
     chosen = options()
     try:
         sampling = Sampling(chosen.max_tokens, chosen.temperature, chosen.top_p, seed=chosen.seed)
-        engine = Engine(chosen.model)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    try:
+        engine = Engine(chosen.model)
+    except ValueError as error:
+        sys.exit(f"error: {error}. Delete it, then run `make all` to export it again.")
     except FileNotFoundError as error:
         sys.exit(f"error: {error}. Run `make all` to export one.")
     source = (engine.card.get("base_model") or {}).get("source", "")

@@ -36,6 +36,7 @@ TOKENS = Path("reports/tokens.json")
 PAGE = Path("reports/tokens.html")
 
 SPLITS = ("train", "validation")
+PARAMETERS = {"too_long": "max_length", "late_system": "chat_template"}  # that govern what is left out
 COLUMNS = ("messages", "trained", "lang", "message_tree_id")  # what is read of a conversation
 
 
@@ -202,11 +203,10 @@ def warnings_of(split: str, counts: dict[str, Any], read: int) -> list[str]:
             f"tokenize: {split}: {escaped} conversations spell control tokens; an invisible space was put inside each, "
             "as the chat app does"
         )
-    parameters = {"too_long": "max_length", "late_system": "chat_template"}
     for reason, number in counts["dropped"].items():
-        if reason in parameters and is_much(number, read):
+        if reason in PARAMETERS and is_much(number, read):
             lines.append(
-                left_out_warning("tokenize", f"{split}: {reason}", number, read, parameters[reason], "conversations")
+                left_out_warning("tokenize", f"{split}: {reason}", number, read, PARAMETERS[reason], "conversations")
             )
     lost = counts["supervised_tokens_lost"]
     wanted = lost + counts["supervised_tokens"]
@@ -226,7 +226,10 @@ def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, li
         )
     tokenizer = load_tokenizer(BASE)
     if not tokenizer.is_fast:
-        raise StageError(f"{BASE} has no fast tokenizer (tokenizer.json), needed to find the assistant's tokens.")
+        raise StageError(
+            f"{BASE} has no fast tokenizer (tokenizer.json), needed to find the assistant's tokens. "
+            "Choose a base_model that has one."
+        )
     name = f"chat_template: {params.chat_template}"
     ends = set_special_tokens(tokenizer, load_template(params.chat_template, tokenizer), config.vocab_size, name)
     if len(tokenizer) > config.vocab_size:

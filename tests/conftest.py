@@ -1,6 +1,7 @@
 """The fixtures that tests share. No test needs a network or a downloaded model."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.support.warm import WarmPython  # noqa: E402
 
 # Tests that share one of these expensive fixtures run in one worker of pytest-xdist: each is made once.
 GROUPS = {
-    "pipeline": {"finished"},
+    "pipeline": {"finished", "warm_python"},
     "hub": {"hub"},
     "states": {"made"},
     "chat": {"tiny_models", "exported_llama", "exported_phi"},
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if fixtures & set(getattr(item, "fixturenames", ())):
                 item.add_marker(pytest.mark.xdist_group(group))
                 break
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups work by names that pytest-xdist gives. A pytest that it does not know keeps no group together."""
+    for item in session.items if hasattr(session.config, "workerinput") else ():
+        group = item.get_closest_marker("xdist_group")
+        assert group is None or item.nodeid.endswith(f"@{group.args[0]}"), f"{item.nodeid} is in no group"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -80,9 +89,10 @@ def warm_python(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, tiny_llama) -> Project:
+def finished(tmp_path_factory, tiny_llama, warm_python) -> Project:
     """A tiny project after one run, committed. No test may change it."""
     project = make_tiny(Project.new(tmp_path_factory.mktemp("finished") / "a project"), tiny_llama)
+    project.python = warm_python
     _, project.seconds = timed_repro(project)
     project.commit("reproduced")
     return project
@@ -95,7 +105,7 @@ def finished_project(finished, tmp_path) -> Project:
 
 
 @pytest.fixture
-def warm_project(finished_project, warm_python) -> Project:
-    """The same for a test of what stages make: they run in forks of a warm process."""
-    finished_project.python = warm_python
+def cold_project(finished_project) -> Project:
+    """The same, for a test of the processes themselves: each is a real start."""
+    finished_project.python = Path(sys.executable)
     return finished_project

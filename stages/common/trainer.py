@@ -179,10 +179,10 @@ def train_to_the_end(trainer: Trainer, checkpoints: Path) -> None:
         if last is None:
             trainer.train()
         else:
-            print(f"train: going on from {last}", flush=True)
+            print(f"train: resuming from {last}", flush=True)
             resume(trainer, last)
     done, wanted = trainer.state.global_step, trainer.args.max_steps
     if stop.asked and done < wanted:
         raise StageError(
-            f"stopped by {stop.asked} after step {done} of {wanted}, which is saved. `dvc repro` goes on from there."
+            f"stopped by {stop.asked} after step {done} of {wanted}, which is saved. `dvc repro` resumes from there."
         )

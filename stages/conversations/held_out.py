@@ -19,6 +19,8 @@ def hold_out(selection: Selection, params: PrepareParams) -> Selection:
     few trees move when others come or go. Copies of a conversation count once.
     """
     text, tree, dataset, split = (selection.values(name) for name in ("text", "message_tree_id", "dataset", "split"))
+    if all(isinstance(split[root], str) for root, *_ in selection.threads):
+        return selection
     question: dict[str, str] = {}  # by tree
     trees: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # by data set and question
     for (root, *_), counts in zip(selection.threads, _counted(selection, params), strict=True):

@@ -67,9 +67,9 @@ def test_everything_that_is_shown(folder, monkeypatch, capsys):
     assert shown["languages"] == ["unknown 43, de 4"]
     assert "columns that are not read: source (40 rows)" in shown["note"]
     assert shown["dropped"] == [
-        "8 messages: language",
+        "8 messages: language (parameter languages)",
         "2 messages (1 conversations): duplicate_conversation",
-        "1 conversations: too_long",
+        "1 conversations: too_long (parameter max_length)",
     ]
     assert shown["kept"] == ["41 conversations: 31 to train on, 10 held out (24.4%)"]
     assert re.fullmatch(r"tokens: median \d+, 95 % up to \d+, longest \d{3,}", shown["lengths"][0])

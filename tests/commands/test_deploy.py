@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 from commands.deploy import hub_card, listing
 from commands.space import Pin, gradio_version, pinned_closure, space_card
+from stages.common.cards import model_card
 from stages.common.errors import StageError
 from tests.support.hub import Hub, running
 from tests.support.project import ROOT
@@ -87,10 +88,15 @@ def test_requirements_are_pinned_and_without_torch():
 
 
 def test_the_models_card_on_the_hub_names_what_is_there():
-    card = 'chat = pipeline("text-generation", model="models/merged")\nin the project\'s `reports/evaluation.json`'
-    text = hub_card(card, "ada/chat")
-    assert 'model="ada/chat"' in text and "models/merged" not in text and "in `reports/evaluation.json`" in text
-    assert "spaces/ada/chat" in text
+    base = {"source": "file:models/merged", "revision": None, "hub": None, "license": None}
+    training = {"params": {"note": 'from "models/merged"'}, "held_out_loss_before": 3.0, "held_out_loss_after": 2.0}
+    merge = {"merge_base": "original", "merge_dtype": "float16"}
+    text = hub_card(model_card(training, base, [base], merge, "ada/chat"), "ada/chat")
+    assert 'model="ada/chat"' in text and "is in `reports/evaluation.json`" in text and "spaces/ada/chat" in text
+    # What a run was made with stays as it was recorded.
+    assert "`file:models/merged` at the version in the project" in text and '`from "models/merged"`' in text
+    at_home = model_card(training, base, [base], merge)
+    assert 'model="models/merged"' in at_home and "is in the project's `reports/evaluation.json`" in at_home
 
 
 def test_a_listing_names_every_file_with_its_size(tmp_path):
@@ -137,12 +143,24 @@ def chats(address: str) -> str:
     return "".join(piece.choices[0].delta.content or "" for piece in pieces)
 
 
+@pytest.fixture
+def hurried(tmp_path):
+    """For PYTHONPATH: a connection that failed is tried again at once."""
+    folder = tmp_path / "hurried"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(seconds / 50)\n"
+    )
+    return str(folder)
+
+
 @pytest.mark.slow
-def test_deploy(finished_project, hub, tmp_path):
-    project = finished_project
+def test_deploy(cold_project, hub, hurried, tmp_path):
+    project = cold_project
 
     def deploy(*arguments: str, check: bool = True, **environment: str):
         settings = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        settings["PYTHONPATH"] = hurried
         return project.run("commands", "deploy", *arguments, check=check, **{**settings, **environment})
 
     def refused(*arguments: str, **environment: str) -> str:

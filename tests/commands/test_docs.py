@@ -10,10 +10,9 @@ from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from commands import docs
-from commands.recipe import edited
 from stages.common.errors import StageError
 from stages.common.params import read_values
-from stages.common.schema import Params
+from stages.common.schema import SECTIONS, Params
 from tests.support.params import OTHER_VALUES
 from tests.support.project import RECIPE, ROOT, ships
 
@@ -102,9 +101,25 @@ def test_a_new_key_gets_its_default_and_its_stage_in_dvc_yaml(monkeypatch):
     assert docs.declared(pipeline.replace("    - lora_r\n", "    - lora_r\n    - gone\n")) == pipeline
 
 
+@pytest.mark.parametrize("path", [*RECIPES, ROOT / "params.yaml"], ids=lambda path: path.stem)
+def test_no_comment_behind_a_key_runs_over_the_width(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    long = [line for line in lines if " # " in line and len(line) > docs.MAX_WIDTH]
+    assert not long, "shorten the reason behind Reference, or the description of the field"
+
+
+def test_a_long_description_behind_a_key_is_cut_and_its_note_is_kept():
+    note = "Reference: 5; a reason"
+    line = docs.beside("key: 1", ["A description. " * 20, note])
+    assert len(line) == docs.MAX_WIDTH and line.startswith("key: 1 # A description.") and line.endswith(f"… {note}")
+    assert docs.beside("key: 1", ["Short.", note]) == f"key: 1 # Short. {note}"
+    assert docs.beside(f"key: {'v' * 80}", ["A description.", note]) == f"key: {'v' * 80} # {note}"
+    assert docs.beside(f"key: {'v' * 120}", ["A description."]) == f"key: {'v' * 120} # …"
+
+
 def test_every_key_is_once_on_the_page_of_parameters():
     page = (ROOT / "docs/parameters.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| (\w+) \|", page, re.MULTILINE).count("parameter") == 7  # a table a stage
+    assert re.findall(r"^\| (\w+) \|", page, re.MULTILINE).count("parameter") == len(SECTIONS)
     assert [key for key in re.findall(r"^\| (\w+) \|", page, re.MULTILINE) if key != "parameter"] == [
         key for keys in docs.sections().values() for key in keys
     ]
@@ -179,17 +194,3 @@ def test_dvc_changes_several_keys_one_after_the_other_and_loses_no_comment(tmp_p
         overridden(path, key, changed[key])
     assert read_values(path) == changed
     assert comments(path.read_text(encoding="utf-8")) == comments(before)
-
-
-def test_a_file_that_only_lost_its_comments_is_not_edited(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    path, text = tmp_path / "params.yaml", RECIPE.read_text(encoding="utf-8")
-    path.write_text(text, encoding="utf-8")
-    overridden(path, "max_steps", 11)
-    assert edited(path)
-    overridden(path, "max_steps", 10)
-    assert not edited(path)
-    path.write_text(re.sub(r"(^| )#.*", "", text, flags=re.MULTILINE), encoding="utf-8")
-    assert "#" not in path.read_text(encoding="utf-8") and not edited(path)
-    path.write_text("seed: [1", encoding="utf-8")
-    assert edited(path)  # a broken file is a person's work, too

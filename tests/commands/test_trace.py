@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from commands import trace
 from commands.trace import LiveBytes, checkpoint_activations, scoring_bytes, step_bytes, training_loss
-from stages.common.adapters import add_adapter
+from stages.common import memory
+from stages.common.adapters import add_adapter, lora_config
 from stages.common.model_files import linear_layers
 from stages.common.trainer import build_trainer, training_arguments
 from tests.support.params import TINY_TRAINING, train_params
@@ -123,3 +124,19 @@ def test_a_batch_is_timed_with_the_parameters_of_the_run(checkpointed, tiny_llam
     )
     assert 0 < seconds < 60
     assert seen == [((2, 9), True, checkpointed)] * 2  # the second one counts
+
+
+def test_a_variant_of_lora_is_in_the_plan(phi2, monkeypatch):
+    """DoRA, say: its weights are counted and its step is traced, though no code of the plan names it."""
+    params = train_params("phi2-oasst1", gradient_checkpointing=False)
+    plain = memory.shape_of(phi2, lora_config(params)).adapter, step_bytes(phi2, params, 256)
+
+    def dora(params):
+        config = lora_config(params)
+        config.use_dora = True
+        return config
+
+    monkeypatch.setattr(trace, "lora_config", dora)
+    shape, step = memory.shape_of(phi2, dora(params)).adapter, step_bytes(phi2, params, 256)
+    assert shape == plain[0] + 32 * 4 * 2560  # a magnitude for each output of q_proj, k_proj, v_proj and dense
+    assert step > plain[1]

@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 from bench.chat_server import idle, wait_until
 from chatapp.server.fair_queue import FairQueue
 from tests.support.chat_page import executable, opened
-from tests.support.serving import COMMIT, Paced, served
+from tests.support.serving import COMMIT, Held, Paced, served
 
 pytestmark = pytest.mark.slow
 
@@ -47,34 +47,69 @@ def chat(browser, address, tmp_path, request):
     assert chat.outside == [] and chat.faults == []
 
 
-def test_an_answer_streams_with_its_speed(chat):
+@pytest.fixture(scope="module")
+def held(engines):
+    """Engines that wait for a test's permission before each piece."""
+    return {name: Held(engine) for name, engine in engines.items()}
+
+
+@pytest.fixture(scope="module")
+def held_address(held):
+    """The app with these engines."""
+    with served(held, FairQueue()) as address:
+        yield address
+
+
+@pytest.fixture
+def held_chat(browser, held, held_address, tmp_path):
+    """The page of that app. No answer of it grows or ends but by permission, however slow the machine is."""
+    for engine in held.values():
+        engine.hold()
+    chat = opened(browser, held_address, tmp_path)
+    yield chat
+    chat.shot("end")
+    chat.page.context.close()  # which cancels what still waits
+    assert chat.outside == [] and chat.faults == []
+    wait_until(lambda: idle(held_address))
+
+
+def test_an_answer_streams_with_its_speed(held_chat, held):
+    chat, lengths = held_chat, [0]
     chat.set_max_tokens(128)
     chat.box.fill("What is the capital of France?")
     chat.send.click()
-    chat.stop.wait_for()
-    lengths = []
-    while chat.stop.is_visible():
-        lengths.append(len(chat.answers.first.text_content()) if chat.answers.count() else 0)
-        time.sleep(0.05)
+
+    def grew() -> bool:
+        return chat.answers.count() and len(chat.answers.first.text_content()) > lengths[-1]
+
+    for _ in range(6):
+        held["tuned"].allow(8)
+        wait_until(grew)
+        lengths.append(len(chat.answers.first.text_content()))
+        assert chat.stop.is_visible()
+    held["tuned"].allow()
+    chat.wait_for_note("128 tokens")
     chat.send.wait_for()
-    assert len(set(lengths)) > 5 and lengths == sorted(lengths)
     assert chat.questions.all_text_contents()[0].strip() == "What is the capital of France?"
     assert re.search(r"128 tokens · \d+\.\d tokens/s.* · cut at max tokens", chat.notes.first.text_content())
     assert chat.box.input_value() == ""
-    # The next turn goes on with the conversation.
+    # The next turn continues the conversation.
     chat.ask("And of Spain?")
-    chat.stop.wait_for()
+    wait_until(lambda: chat.answers.count() == 2)
     chat.send.wait_for()
     assert chat.questions.count() == chat.answers.count() == 2
 
 
-def test_stop_keeps_the_text_and_frees_the_model(chat, address):
+def test_stop_keeps_the_text_and_frees_the_model(held_chat, held, held_address):
+    chat = held_chat
     chat.set_max_tokens(1000)
+    held["tuned"].allow(60)
     chat.ask("Tell me a long story")
     wait_until(lambda: chat.answers.count() and len(chat.answers.first.text_content()) > 20)
+    assert not idle(held_address)
     chat.stop.click()
     chat.send.wait_for()
-    assert wait_until(lambda: idle(address)) < 1
+    wait_until(lambda: idle(held_address))
     chat.wait_for_note("stopped")
     said = chat.answers.first.text_content()
     time.sleep(0.5)
@@ -84,7 +119,7 @@ def test_stop_keeps_the_text_and_frees_the_model(chat, address):
 def test_retry_gives_another_answer_and_undo_gives_the_question_back(chat):
     chat.set_max_tokens(16)
     chat.ask("first")
-    chat.stop.wait_for()
+    chat.wait_for_note("16 tokens")
     chat.send.wait_for()
     before = chat.answers.first.text_content()
     chat.page.get_by_role("button", name="Retry").click()
@@ -103,8 +138,11 @@ def test_an_example_is_asked_with_a_click(chat):
     assert "sky is blue" in chat.questions.first.text_content()
 
 
-def test_base_and_tuned_answer_side_by_side(chat, address):
+def test_base_and_tuned_answer_side_by_side(held_chat, held, held_address):
+    chat = held_chat
     chat.set_max_tokens(40)
+    for engine in held.values():
+        engine.allow(20)
     chat.page.get_by_role("tab", name="Compare").click()
     box = chat.page.get_by_role("textbox", name="Message to all models")
     box.fill("What is the capital of France?")
@@ -117,18 +155,23 @@ def test_base_and_tuned_answer_side_by_side(chat, address):
     wait_until(both_grow)
     assert chat.page.locator("#compare-box").get_by_role("button", name="Stop").is_visible()
     chat.shot("both")
+    for engine in held.values():
+        engine.allow()
     chat.page.locator("#compare-box").get_by_role("button", name="Send").wait_for()
     base, tuned = (answer.first.text_content() for answer in said)
     assert base != tuned
     assert all("40 tokens" in answer.last.text_content() for answer in said)
     # Stop ends both.
     chat.set_max_tokens(1000)
+    for engine in held.values():
+        engine.hold()
+        engine.allow(20)
     box.fill("Once more")
     box.press("Enter")
     wait_until(lambda: all(answer.count() == 4 and len(answer.nth(2).text_content()) > 5 for answer in said))
-    assert not idle(address)
+    assert not idle(held_address)
     chat.page.locator("#compare-box").get_by_role("button", name="Stop").click()
-    assert wait_until(lambda: idle(address)) < 1
+    wait_until(lambda: idle(held_address))
     wait_until(lambda: all("stopped" in answer.last.text_content() for answer in said))
 
 
@@ -141,9 +184,9 @@ def test_the_card_is_on_the_page(chat):
         assert fact in about.text_content(), fact
 
 
-def test_everything_works_by_keyboard(chat):
-    chat.set_max_tokens(400)
-    page = chat.page
+def test_everything_works_by_keyboard(held_chat, held):
+    chat, page = held_chat, held_chat.page
+    held["tuned"].allow(20)
     page.reload()
     wait_until(lambda: page.evaluate("document.activeElement.tagName") == "TEXTAREA")  # one can type at once
     page.keyboard.type("two")
@@ -151,7 +194,7 @@ def test_everything_works_by_keyboard(chat):
     page.keyboard.type("lines")
     page.keyboard.press("Enter")
     chat.stop.wait_for()
-    page.keyboard.type("my next")  # one can go on typing, and Enter asks nothing meanwhile
+    page.keyboard.type("my next")  # typing stays possible, and Enter asks nothing meanwhile
     page.keyboard.press("Enter")
     assert chat.box.input_value().startswith("my next")
     for _ in range(3):
@@ -222,21 +265,36 @@ def test_a_phone_shows_everything_without_sideways_scrolling(chat):
     assert fits()
 
 
-def test_a_closed_page_frees_the_model(browser, address, tmp_path):
-    chat = opened(browser, address, tmp_path)
+def test_a_closed_page_frees_the_model(browser, held, held_address, tmp_path):
+    held["tuned"].hold()
+    held["tuned"].allow(20)
+    chat = opened(browser, held_address, tmp_path)
     chat.set_max_tokens(1000)
     chat.ask("Tell me a long story")
     wait_until(lambda: chat.answers.count() and chat.answers.first.text_content())
-    assert not idle(address)
+    assert not idle(held_address)
     chat.page.context.close()
-    assert wait_until(lambda: idle(address)) < 1
+    pieces = 0
+
+    def freed() -> bool:
+        """The server notices at a next piece that nobody reads."""
+        nonlocal pieces
+        held["tuned"].allow(1)
+        pieces += 1
+        return idle(held_address)
+
+    wait_until(freed)
+    assert pieces < 200  # the answer would have more
 
 
-def test_a_page_and_the_api_share_the_queue(chat, address):
+def test_a_page_and_the_api_share_the_queue(held_chat, held, held_address):
+    chat = held_chat
     chat.set_max_tokens(100)
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 150, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
+    held["tuned"].allow(1)  # the status comes with the first piece
+    with httpx.stream("POST", f"{held_address}/v1/chat/completions", json=body, timeout=60) as response:
         assert response.status_code == 200
         chat.ask("hello")
         chat.wait_for_note("waiting: 1 answer")
+    held["tuned"].allow()
     chat.wait_for_note("tokens/s")

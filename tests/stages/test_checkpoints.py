@@ -114,7 +114,7 @@ def test_a_stopped_training_ends_with_the_same_bits_and_curve(tiny_llama, tmp_pa
 
     weights, curves = trained(tmp_path / "unbroken")
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(StageError, match="stopped by SIGTERM after step 3 of 6, which is saved. `dvc repro` goes on"):
+    with pytest.raises(StageError, match="stopped by SIGTERM after step 3 of 6, which is saved. `dvc repro` resumes"):
         trained(tmp_path / "stopped", Interrupt())
     signal.signal(signal.SIGTERM, before)
     again, same = trained(tmp_path / "stopped")

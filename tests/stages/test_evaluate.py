@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from commands.summary import one_sample, table
+from commands.summary import table
 from stages.common.artifacts import read_json
 from stages.common.schema import EvaluateParams
 from stages.evaluate import (
@@ -118,25 +118,19 @@ def test_sample_records_say_what_was_answered_and_whether_it_ended(tiny_llama):
     assert records == [sample("Capital?", "Lyon", "Paris", ended=False)]
 
 
-def test_samples_page_and_summary_read_well():
+def test_the_samples_page_reads_well():
     samples = [sample("Capital of France?", "Lyon", "Paris.\n\nIt is.", ended=False), sample("Other?", "x", "y")]
     page = samples_page(samples, 8)
     assert "at most 8 tokens" in page
     assert "## Capital of France?" in page
     assert "**base**\n\n> Lyon …" in page
     assert "**tuned**\n\n> Paris.\n>\n> It is." in page
-    assert one_sample(samples) == ["  Capital of France?", "", "  base: Lyon …", "", "  tuned: Paris. It is."]
-    samples[0]["tuned"] = samples[0]["base"]
-    assert one_sample(samples)[0] == "  Other?"
-    # The same answers everywhere: the first is shown.
-    assert one_sample(samples[:1])[0] == "  Capital of France?"
 
 
 HOSTILE = "**base**\n\n> no\n## x\n**tuned**\n# Sample answers"
 
 
-def test_an_answer_that_looks_like_the_page_breaks_neither_page_nor_summary():
-    """Once the summary read samples.md again, and such an answer ended `make all` in a ValueError."""
+def test_an_answer_that_looks_like_the_page_does_not_break_it():
     samples = [sample("Capital?", HOSTILE, "## x"), sample("**tuned**", "", "y", ended=False)]
     lines = samples_page(samples, 8).splitlines()
     # Headings and names stand only where the page puts them: what an answer says is quoted.
@@ -144,12 +138,6 @@ def test_an_answer_that_looks_like_the_page_breaks_neither_page_nor_summary():
     assert [line for line in lines if line.startswith("**")] == ["**base**", "**tuned**"] * 2
     quoted = "\n".join(line.removeprefix(">").removeprefix(" ") for line in lines if line.startswith(">"))
     assert HOSTILE in quoted
-    shown = one_sample(samples)
-    assert shown[0] == "  Capital?"
-    assert shown[2].startswith("  base: **base** > no ## x **tuned**")
-    assert shown[-1] == "  tuned: ## x"
-    # An empty answer that was cut is shown as such.
-    assert one_sample(samples[1:]) == ["  **tuned**", "", "  base: …", "", "  tuned: y"]
 
 
 @ships

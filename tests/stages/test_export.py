@@ -1,5 +1,6 @@
 """Exporting: the exported model is the merged one, Phi or Llama; parameters count; a bound that is passed fails."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +23,14 @@ from tests.support.params import export_params
 PROMPT = list(range(20, 45))
 
 
+@pytest.fixture
+def warm_builder(warm_python, monkeypatch):
+    """The builder runs in a fork of a warm process."""
+    monkeypatch.setattr(sys, "executable", str(warm_python))
+
+
 @pytest.fixture(params=["llama", "phi"])
-def source(request, tmp_path):
+def source(request, tmp_path, warm_builder):
     """A tiny model with biases that are not zero, so that one that is lost shows."""
     folder = tmp_path / "model"
     origin = request.getfixturevalue(f"tiny_{request.param}")
@@ -70,7 +77,7 @@ def test_the_same_bytes_twice_and_other_bytes_by_other_parameters(source, tmp_pa
 
 
 @pytest.mark.slow
-def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path):
+def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path, warm_builder):
     build(tiny_llama, tmp_path / "onnx", export_params(export_precision="fp32"))
     exported, model = Exported(tmp_path / "onnx"), load_model(tiny_llama, torch.float32)
     random = np.random.default_rng(0)
@@ -89,7 +96,7 @@ def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path
 
 
 @pytest.mark.slow
-def test_a_layer_that_the_model_has_not_is_one_line(tiny_phi, tmp_path):
+def test_a_layer_that_the_model_has_not_is_one_line(tiny_phi, tmp_path, warm_builder):
     with pytest.raises(StageError, match="could not be exported as int4.*gate_proj") as error:
         build(tiny_phi, tmp_path / "onnx", export_params(export_int8_layers=["gate_proj"]))
     assert len(str(error.value).splitlines()) == 1
@@ -122,30 +129,30 @@ def test_the_bound():
 
 
 @pytest.mark.slow
-def test_the_stage_writes_both_models_or_nothing(warm_project):
-    warm_project.remove("models/onnx", "reports/export.json", "reports/exported.json")
-    warm_project.set(export_max_perplexity_increase=1e-6, export_precision="int4")
-    refused = warm_project.run("stages", "export", check=False)
+def test_the_stage_writes_both_models_or_nothing(finished_project):
+    finished_project.remove("models/onnx", "reports/export.json", "reports/exported.json")
+    finished_project.set(export_max_perplexity_increase=1e-6, export_precision="int4")
+    refused = finished_project.run("stages", "export", check=False)
     said = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert refused.returncode == 1 and len(said) == 1 and "more than export_max_perplexity_increase" in said[0]
-    assert not (warm_project.folder / "models/onnx").exists()
-    assert not (warm_project.folder / "models/.onnx.partial").exists()
+    assert not (finished_project.folder / "models/onnx").exists()
+    assert not (finished_project.folder / "models/.onnx.partial").exists()
 
-    warm_project.set(export_max_perplexity_increase=10.0)
-    assert "% of greedy tokens the same" in warm_project.run("stages", "export").stdout
-    onnx = warm_project.folder / "models/onnx"
-    report = read_json(warm_project.folder / "reports/exported.json")
-    assert read_json(warm_project.folder / "reports/export.json") == headline(report["tuned"])
+    finished_project.set(export_max_perplexity_increase=10.0)
+    assert "% of greedy tokens the same" in finished_project.run("stages", "export").stdout
+    onnx = finished_project.folder / "models/onnx"
+    report = read_json(finished_project.folder / "reports/exported.json")
+    assert read_json(finished_project.folder / "reports/export.json") == headline(report["tuned"])
     for name in ("tuned", "base"):
         card = read_json(onnx / name / "card.json")
         assert card["quality"] == report[name] and card["quality"]["perplexity"] > 1
         assert read_json(onnx / name / "genai_config.json")["model"]["eos_token_id"] == 2
-        template = (warm_project.folder / "models/merged/chat_template.jinja").read_bytes()
+        template = (finished_project.folder / "models/merged/chat_template.jinja").read_bytes()
         assert (onnx / name / "chat_template.jinja").read_bytes() == template
     assert read_json(onnx / "tuned/card.json")["training"]["params"]["max_steps"] == 4
     # Full precision by another way: the same perplexity.
-    warm_project.set(export_precision="fp32", export_base=False)
-    warm_project.run("stages", "export")
-    quality = read_json(warm_project.folder / "reports/exported.json")["tuned"]
+    finished_project.set(export_precision="fp32", export_base=False)
+    finished_project.run("stages", "export")
+    quality = read_json(finished_project.folder / "reports/exported.json")["tuned"]
     assert abs(quality["perplexity_increase"]) < 1e-4 and quality["token_agreement"] == 1
     assert not (onnx / "base").exists()

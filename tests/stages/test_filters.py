@@ -1,11 +1,14 @@
 """Filters: each drops what it names, and the funnel counts it."""
 
+import re
+
 import pytest
 
 from stages.common.errors import StageError
-from stages.conversations.filters import FILTERS, VALID, keep_messages
+from stages.conversations.filters import ALTERNATING, FILTERS, THREAD_FILTERS, VALID, keep_messages
 from stages.conversations.selection import Selection
 from tests.support.conversations import check_funnel, frame, ids, params, run, trees_in_both_splits
+from tests.support.project import ROOT
 from tests.support.rows import message
 
 # Parameters, what is special about an answer, and the reason for which it is dropped.
@@ -65,3 +68,13 @@ def test_turn_limits():
     assert funnel["dropped"]["beyond_max_turns"]["messages"] == 2
     with pytest.raises(StageError, match="no conversation is left for"):
         run(rows, min_turns=3)
+
+
+def test_every_reason_is_in_the_documentation_and_none_but_those():
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    table = page.split("| reason in the funnel |")[1].split("\n\n")[0]
+    documented = {reason for row in table.splitlines() for reason in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    reasons = {reason for filters in (VALID, FILTERS, ALTERNATING, THREAD_FILTERS) for reason, _ in filters}
+    assert reasons <= documented, f"add to the table of filters in docs/data.md: {reasons - documented}"
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "stages").rglob("*.py"))
+    assert [reason for reason in documented if f'"{reason}"' not in code] == []

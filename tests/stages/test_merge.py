@@ -123,16 +123,16 @@ def test_model_card_says_what_the_artifacts_say():
 
 
 @pytest.mark.slow
-def test_a_bound_that_is_passed_fails_the_stage_and_leaves_nothing(warm_project):
-    warm_project.remove("models/merged")
-    warm_project.set(merge_dtype="bfloat16", merge_max_logit_diff=1e-9)
-    result = warm_project.run("stages", "merge", check=False)
+def test_a_bound_that_is_passed_fails_the_stage_and_leaves_nothing(finished_project):
+    finished_project.remove("models/merged")
+    finished_project.set(merge_dtype="bfloat16", merge_max_logit_diff=1e-9)
+    result = finished_project.run("stages", "merge", check=False)
     assert result.returncode == 1
     assert "more than merge_max_logit_diff" in result.stderr and "Traceback" not in result.stderr
-    assert not (warm_project.folder / "models/merged").exists()
-    warm_project.set(merge_dtype="bfloat16", merge_max_logit_diff=1.0)
-    warm_project.run("stages", "merge")
-    merged = warm_project.folder / "models/merged"
+    assert not (finished_project.folder / "models/merged").exists()
+    finished_project.set(merge_dtype="bfloat16", merge_max_logit_diff=1.0)
+    finished_project.run("stages", "merge")
+    merged = finished_project.folder / "models/merged"
     weights = load_file(merged / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     generation = read_json(merged / "generation_config.json")

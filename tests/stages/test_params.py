@@ -202,11 +202,15 @@ def test_each_key_reruns_its_stages_and_no_others(finished_project, monkeypatch)
     assert Repo().status() == {}
     path = finished_project.folder / "params.yaml"
     before = path.read_bytes()
-    for stages, keys in OTHER_VALUES.items():
-        for key, value in keys.items():
-            finished_project.set(**{key: value})
-            assert sorted(Repo().status()) == sorted(stages.split()), key
-            path.write_bytes(before)
+    finished_project.set(**{key: value for keys in OTHER_VALUES.values() for key, value in keys.items()})
+    stages_of: dict[str, list[str]] = {}
+    for stage, (changed,) in Repo().status().items():
+        assert list(changed) == ["changed deps"] and list(changed["changed deps"]) == ["params.yaml"]
+        for key in changed["changed deps"]["params.yaml"]:
+            stages_of.setdefault(key, []).append(stage)
+    assert {key: set(stages) for key, stages in stages_of.items()} == {
+        key: set(stages.split()) for stages, keys in OTHER_VALUES.items() for key in keys
+    }
     # A comment and a docstring are no change.
     path.write_bytes(b"# another comment\n" + before)
     code = finished_project.folder / "stages/common/params.py"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from _pytest.mark import KeywordMatcher, MarkMatcher
 from _pytest.mark.expression import Expression
 
 from tests.support.project import ROOT
+
+MODULE = "tests.support.selection"
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Selection:
         )
 
 
-def select(selections: list[Selection]) -> dict[str, int]:
-    """How many tests each command selects, by its text."""
-    command = [sys.executable, "-m", "tests.support.selection"]
+def select(selections: list[Selection], python: Path) -> dict[str, int]:
+    """How many tests each command selects, by its text. They are collected in a process of `python`."""
+    command = [python, "-m", MODULE]
     asked = json.dumps([asdict(selection) for selection in selections])
     result = subprocess.run(command, cwd=ROOT, input=asked, capture_output=True, text=True, check=True)
     return dict(json.loads(result.stdout))

@@ -30,6 +30,32 @@ class Paced:
             yield chunk
 
 
+class Held:
+    """An engine whose pieces wait until a test allows them, so that no answer ends before the test has seen it.
+
+    An answer that is cancelled ends without permission.
+    """
+
+    def __init__(self, engine) -> None:
+        self._engine = engine
+        self._allowed = threading.Semaphore(0)
+        self.card = engine.card
+        self.context_length = engine.context_length
+
+    def hold(self) -> None:
+        """Take back what was allowed and not used."""
+        self._allowed = threading.Semaphore(0)
+
+    def allow(self, pieces: int = 100_000) -> None:
+        self._allowed.release(pieces)
+
+    def stream(self, messages, sampling, cancel) -> Iterator:
+        for chunk in self._engine.stream(messages, sampling, cancel):
+            while not (cancel.is_set() or self._allowed.acquire(timeout=0.01)):
+                pass
+            yield chunk
+
+
 class Failing:
     """An engine that fails at the piece number `fails_at` of each answer (None: never)."""
 

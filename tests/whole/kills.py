@@ -2,8 +2,8 @@
 
 SIGKILL goes to the whole process group, as when a machine takes a job away; then it is `dvc repro` again, or, where the
 kill left DVC's own files in a state that DVC alone cannot work with, what `make all` runs. When each stage had its
-kill, the pipeline runs to its end, its outputs are compared with an unbroken run's, and all is taken away to begin
-anew. Nothing is ever fixed by hand.
+kill, the pipeline runs to its end, its outputs are compared with an unbroken run's, and all is removed to begin
+again. Nothing is ever fixed by hand.
 Run: `python -m tests.whole.kills --kills 50 --seed 1` (`make test-long` runs it, too)
 """
 
@@ -45,7 +45,7 @@ def locked_outputs(folder: Path, stages: Iterable[str] | None = None) -> dict[st
     return outputs({name: stage for name, stage in lock.items() if stages is None or name in stages})
 
 
-def start_anew(project: Project) -> None:
+def start_again(project: Project) -> None:
     """Take away all that the pipeline made, and what DVC remembers of it."""
     made = locked_outputs(project.folder)
     project.remove("dvc.lock", ".dvc/cache", ".dvc/tmp", *made, "models/checkpoints")
@@ -92,7 +92,7 @@ class Killing:
                 self.module = ("dvc", "repro")
             elif status and self.module == ("dvc", "repro") and BARRED.search(said):
                 self.module, self.repaired = ("commands", "repro"), self.repaired + 1
-                print(f"dvc repro cannot go on by itself ({said.strip().splitlines()[-1]})", flush=True)
+                print(f"dvc repro cannot continue by itself ({said.strip().splitlines()[-1]})", flush=True)
                 if stage is not None:
                     waiting.insert(0, stage)  # its kill is still to come
             else:
@@ -117,7 +117,7 @@ def run_with_kills(
 
     Kills take turns over the stages; each comes at a moment that is drawn from `seed`. Without a record of an unbroken
     run one is made first. Returns in which stage the kills fell, how often the pipeline was compared, and how often it
-    took what `make all` runs to go on. Raises AssertionError when a run after a kill fails, or when its outputs are
+    needed what `make all` runs. Raises AssertionError when a run after a kill fails, or when its outputs are
     others.
     """
     if unbroken is None:
@@ -125,7 +125,7 @@ def run_with_kills(
         unbroken = Unbroken(seconds, locked_outputs(project.folder))
     killing = Killing(project, unbroken, seed, target)
     while killing.where.total() < kills:
-        start_anew(project)
+        start_again(project)
         stages = list(unbroken.seconds)
         chosen = killing.moments.sample(stages, min(len(stages), kills - killing.where.total()))
         killing.to_the_end([stage for stage in stages if stage in chosen])
@@ -144,7 +144,7 @@ def main() -> None:
     print(
         f"{where.total()} kills ({', '.join(f'{n} in {name}' for name, n in where.most_common())}), "
         f"{compared} finished runs, all with the outputs of an unbroken one; after {repaired} of the kills `dvc repro` "
-        f"could not go on by itself, and what `make all` runs could; {time.monotonic() - began:.0f} s"
+        f"could not continue by itself, and what `make all` runs could; {time.monotonic() - began:.0f} s"
     )
 
 

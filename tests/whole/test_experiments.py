@@ -18,10 +18,9 @@ METRICS = ("reports/metrics.json", "reports/export.json")
 
 
 @pytest.fixture(scope="module")
-def experiment(finished, warm_python, tmp_path_factory) -> Project:
+def experiment(finished, tmp_path_factory) -> Project:
     """The finished project after an experiment with another learning rate. No test may change it."""
     project = finished.copy(tmp_path_factory.mktemp("experiment") / "a project")
-    project.python = warm_python
     said = project.run("dvc", "exp", "run", "-S", "learning_rate=1e-5").stdout
     assert stages_run(said) == ["train", "merge", "evaluate", "export"]
     return project
@@ -114,15 +113,15 @@ def test_a_wrong_value_is_one_line_and_the_way_back_computes_nothing(after_exper
         ({"chat_template": "nope"}, "error: params.yaml: chat_template: 'nope': stages/templates/nope.jinja does not"),
     ],
 )
-def test_a_wrong_value_of_a_later_stage_is_refused_first(changes, said, warm_project):
+def test_a_wrong_value_of_a_later_stage_is_refused_first(changes, said, finished_project):
     """By what `make all` runs, before DVC removes an output; by `dvc repro` in the first stage that runs."""
-    folder = warm_project.folder
+    folder = finished_project.folder
     write_jsonl(folder / "data/local/trees.jsonl", small_trees(41))
-    warm_project.set(**changes)
+    finished_project.set(**changes)
     before = digest_files([folder / name for name in ("data", "models", "reports", "dvc.lock")])
-    assert error_line(warm_project.run("commands", "repro", check=False)).startswith(said)
+    assert error_line(finished_project.run("commands", "repro", check=False)).startswith(said)
     assert digest_files([folder / name for name in ("data", "models", "reports", "dvc.lock")]) == before
-    refused = warm_project.run("dvc", "repro", check=False)
+    refused = finished_project.run("dvc", "repro", check=False)
     assert error_line(refused).startswith(said) and stages_run(refused.stdout) == ["fetch"]
 
 
@@ -146,51 +145,51 @@ def rows_read(project: Project, experiment: str) -> int:
     return json.loads((project.folder / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}").read_text())["read"]["messages"]
 
 
-def test_a_temporary_experiment_finds_everything_and_leaves_the_project_alone(warm_project):
-    track(warm_project)
-    before = digest_files([warm_project.folder / "models"])
-    result = warm_project.run(*ASIDE, "-S", "max_steps=3", "train")
+def test_a_temporary_experiment_finds_everything_and_leaves_the_project_alone(finished_project):
+    track(finished_project)
+    before = digest_files([finished_project.folder / "models"])
+    result = finished_project.run(*ASIDE, "-S", "max_steps=3", "train")
     assert stages_run(result.stdout) == ["train"]
-    assert digest_files([warm_project.folder / "models"]) == before
+    assert digest_files([finished_project.folder / "models"]) == before
 
 
-def test_private_data_are_refused_in_a_folder_of_their_own_until_dvc_has_them(warm_project):
-    folder = warm_project.folder
-    assert warm_project.git("status", "--porcelain", "data", "models") == ""  # git ignores them
-    refused = error_line(warm_project.run(*ASIDE, "prepare", check=False))
+def test_private_data_are_refused_in_a_folder_of_their_own_until_dvc_has_them(finished_project):
+    folder = finished_project.folder
+    assert finished_project.git("status", "--porcelain", "data", "models") == ""  # git ignores them
+    refused = error_line(finished_project.run(*ASIDE, "prepare", check=False))
     assert refused == (
         "error: data/local/trees.jsonl is not in this experiment's folder: with --temp and --queue, DVC copies only "
         "tracked files. Run `dvc add data/local/trees.jsonl` and `git add data/local/trees.jsonl.dvc`, or `git add "
         "--force data/local/trees.jsonl`, then the experiment again."
     )
-    warm_project.run("dvc", "add", "data/local/trees.jsonl", "models/local/tiny")
-    refused = error_line(warm_project.run(*ASIDE, "prepare", check=False))
+    finished_project.run("dvc", "add", "data/local/trees.jsonl", "models/local/tiny")
+    refused = error_line(finished_project.run(*ASIDE, "prepare", check=False))
     assert "Run `git add data/local/trees.jsonl.dvc`, then" in refused
-    warm_project.git("add", "data", "models")
+    finished_project.git("add", "data", "models")
     # What stands there now, not what was added: by --temp, and by --queue even after another change.
     write_jsonl(folder / "data/local/trees.jsonl", small_trees(42))
-    assert stages_run(warm_project.run(*ASIDE, "prepare").stdout) == ["fetch", "prepare"]
-    assert rows_read(warm_project, "aside") == 84
+    assert stages_run(finished_project.run(*ASIDE, "prepare").stdout) == ["fetch", "prepare"]
+    assert rows_read(finished_project, "aside") == 84
     write_jsonl(folder / "data/local/trees.jsonl", small_trees(43))
-    warm_project.run("dvc", "exp", "run", "--queue", "--name", "queued", "prepare")
+    finished_project.run("dvc", "exp", "run", "--queue", "--name", "queued", "prepare")
     write_jsonl(folder / "data/local/trees.jsonl", small_trees(44))
-    warm_project.run("dvc", "queue", "start")
-    wait_for(lambda: not re.search("Running|Queued", warm_project.run("dvc", "queue", "status").stdout))
-    assert rows_read(warm_project, "queued") == 86
+    finished_project.run("dvc", "queue", "start")
+    wait_for(lambda: not re.search("Running|Queued", finished_project.run("dvc", "queue", "status").stdout))
+    assert rows_read(finished_project, "queued") == 86
 
 
-def test_a_folder_of_which_git_tracks_a_part_is_refused_by_whichever_stage_runs_first(warm_project):
+def test_a_folder_of_which_git_tracks_a_part_is_refused_by_whichever_stage_runs_first(finished_project):
     """The data are up to date by DVC's records: without a check the training would go on with a part of them."""
-    folder = warm_project.folder
+    folder = finished_project.folder
     write_jsonl(folder / "data/local/mine/a.jsonl", small_trees(40))
-    warm_project.set(dataset="file:data/local/mine")
-    track(warm_project)
-    warm_project.run("dvc", "repro", "train")
-    warm_project.commit("a folder of data")
+    finished_project.set(dataset="file:data/local/mine")
+    track(finished_project)
+    finished_project.run("dvc", "repro", "train")
+    finished_project.commit("a folder of data")
     write_jsonl(folder / "data/local/mine/b.jsonl", [message("x", role="prompter"), message("x.a", "x")])
-    refused = warm_project.run(*ASIDE, "-S", "max_steps=3", "train", check=False)
+    refused = finished_project.run(*ASIDE, "-S", "max_steps=3", "train", check=False)
     assert stages_run(refused.stdout) == ["train"]
     assert error_line(refused).startswith("error: data/local/mine/b.jsonl is not in this experiment's folder")
     assert "`git add --force data/local/mine`" in error_line(refused)
-    track(warm_project)
-    assert stages_run(warm_project.run(*ASIDE, "-S", "max_steps=3", "train").stdout)[:2] == ["fetch", "prepare"]
+    track(finished_project)
+    assert stages_run(finished_project.run(*ASIDE, "-S", "max_steps=3", "train").stdout)[:2] == ["fetch", "prepare"]

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.slow
 EXPORT = "OpenAssistant/oasst1/2023-04-12_oasst_{}.trees.jsonl.gz"
 
 
-@pytest.mark.parametrize("form", ["all trees", "ready trees", "splits"])
+# Long: parts of the largest one. That each form is read right, small ones show (tests/whole/test_hub.py).
+PARTS = [pytest.param(form, marks=pytest.mark.long) for form in ("ready trees", "splits")]
+
+
+@pytest.mark.parametrize("form", ["all trees", *PARTS])
 def test_the_full_size_in_two_gibibytes(form, project):
     raw = project.folder / "data/raw"
     (raw / "1").mkdir(parents=True)

@@ -4,6 +4,7 @@ import subprocess
 from urllib.request import Request, urlopen
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from stages.common.artifacts import digest_files
 from tests.support.project import STAGES, Project, outputs_of, stages_run
@@ -20,8 +21,6 @@ KEYS = {
 @pytest.fixture
 def s3():
     """The address of an S3 with an empty bucket `team`."""
-    from moto.server import ThreadedMotoServer
-
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

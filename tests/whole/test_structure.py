@@ -18,9 +18,11 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 MAX_PARAMETERS = 6
 PACKAGES = ("stages", "commands", "space", "bench", "tests")
-SMALL = ("stages", "commands", "space", "bench", "tests/support")
 
 PIPELINE = read_pipeline(ROOT)
+
+# Functions that may be long, and why.
+MAY_BE_LONG = {"test_deploy": "one deploy after the other, to one hub"}
 
 # Modules that shape no output: a change in them reruns no stage.
 SHAPES_NO_OUTPUT = {
@@ -172,7 +174,7 @@ def test_the_modules_that_shape_no_output_are_there_and_used():
 # Sizes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", SMALL)
+@pytest.mark.parametrize("folder", PACKAGES)
 def test_files_functions_and_signatures_are_short(folder):
     too_long = []
     for path in files(folder):
@@ -181,7 +183,7 @@ def test_files_functions_and_signatures_are_short(folder):
         if lines > MAX_FILE_LINES:
             too_long.append(f"{where}: {lines} lines")
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in MAY_BE_LONG:
                 length = (node.end_lineno or 0) - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
                     too_long.append(f"{where}:{node.lineno} {node.name}: {length} lines")
@@ -193,7 +195,7 @@ def test_files_functions_and_signatures_are_short(folder):
     assert not too_long, "\n".join(too_long)
 
 
-@pytest.mark.parametrize("folder", ["stages", "commands"])
+@pytest.mark.parametrize("folder", [name for name in PACKAGES if name != "space"])  # space/app.py says why
 def test_imports_stand_at_the_top_of_files(folder):
     for path in files(folder):
         for function in ast.walk(tree(path)):

@@ -26,5 +26,8 @@ def find_models(app: Path) -> Path:
         snapshot = snapshot_download(repository, revision=revision, allow_patterns=f"{INSIDE}/*")
     except Exception as error:  # network, hub and disk raise errors of their own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FileNotFoundError(f"{repository} at {revision} cannot be downloaded from the hub ({reason})") from None
+        raise FileNotFoundError(
+            f"{repository} at {revision} cannot be downloaded from the hub ({reason}). "
+            "Check the network, and that the repository is there and public; then start the app again"
+        ) from None
     return Path(snapshot) / INSIDE

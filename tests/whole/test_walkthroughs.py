@@ -1,0 +1,67 @@
+"""The walk-throughs of docs/contributing.md: what they change is enough, in a copy of the project."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.support.project import ROOT, Project
+from tests.support.rows import message, small_trees, write_jsonl
+from tests.support.walkthroughs import apply, walkthrough
+
+FILTER, VARIANT = "Add a filter", "Add a LoRA variant"
+ALSO = ("docs", "tests", "bench")  # what a project's copy for a pipeline lacks
+
+
+def changed(project: Project, heading: str) -> Project:
+    for name in ALSO:
+        shutil.copytree(ROOT / name, project.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    apply(walkthrough(heading), project.folder)
+    project.run("commands", "docs")
+    project.run("commands", "docs", "--check")
+    return project
+
+
+def test_the_files_of_a_walk_through_are_in_its_table():
+    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+    for heading in (FILTER, VARIANT):
+        section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        table = "".join(line for line in section.splitlines() if line.startswith("|"))
+        assert all(f"`{name}`" in table for name in walkthrough(heading))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_new_filter_filters(tiny_project):
+    project = changed(tiny_project, FILTER)
+    assert "min_characters" in (project.folder / "docs/parameters.md").read_text(encoding="utf-8")
+    rows = [message("s", role="prompter", text="Short?"), message("s.a", "s", text="Yes.")]
+    write_jsonl(project.folder / "data/local/trees.jsonl", [*small_trees(40), *rows])
+    project.run("dvc", "repro", "prepare")
+
+    def dropped() -> dict:
+        return json.loads((project.folder / "reports/funnel.json").read_text(encoding="utf-8"))["dropped"]
+
+    assert "too_short" not in dropped()
+    said = project.run("dvc", "exp", "run", "prepare", "-S", "min_characters=5").stdout
+    assert "Running stage 'prepare'" in said and "Running stage 'fetch'" not in said
+    assert dropped()["too_short"]["messages"] == 1
+    tests = ["tests/stages/test_filters.py", "tests/stages/test_params.py", "tests/commands/test_docs.py"]
+    project.run("pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_new_lora_variant_is_trained_merged_and_planned(tiny_project):
+    project = changed(tiny_project, VARIANT)
+    project.run("dvc", "repro", "fetch")
+    line = {}
+    for used in (False, True):
+        project.set(use_dora=used)
+        said = project.run("commands", "plan", "--no-probe").stdout
+        (line[used],) = [part for part in said.splitlines() if part.startswith("  weights ")]
+    # A magnitude for each output of each adapted layer.
+    count = {used: int(text.split("base, ")[1].split(" ")[0].replace(",", "")) for used, text in line.items()}
+    assert count[True] > count[False]
+    project.run("pytest", "-p", "no:cacheprovider", "tests/stages/test_merge.py", "-k", "merged_is_base_plus_adapter")
+    project.run("pytest", "-p", "no:cacheprovider", "tests/stages/test_train.py", "-k", "reaches_its_library")
