@@ -55,7 +55,7 @@ def ask(page: Any, box: str, prompt: str) -> None:
 
 def take_tokens(browser: Any) -> None:
     """The page of tokens: its legend, and the conversation with the most turns."""
-    page = browser.new_context(viewport={"width": 1180, "height": 1180}, device_scale_factor=1).new_page()
+    page = browser.new_context(viewport={"width": 1180, "height": 1000}, device_scale_factor=1).new_page()
     page.goto(TOKENS.as_uri())
     page.evaluate("document.querySelectorAll('section').forEach(s => { s.hidden = !/most turns/.test(s.innerText) })")
     page.screenshot(path=DOCS / "tokens.png")

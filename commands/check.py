@@ -24,11 +24,10 @@ from stages.common.errors import StageError
 from stages.common.params import read_params, section_of
 from stages.common.schema import Params, PrepareParams, TokenizeParams
 from stages.common.truncation import cut_conversation
-from stages.conversations.left_out import PARAMETERS as PREPARES
+from stages.conversations.left_out import PARAMETERS as STEPS
 from stages.conversations.messages import Counts, left_out_notes, read_messages
 from stages.prepare import leak_note, prepare, split_notes
-from stages.tokenize import PARAMETERS as TOKENIZES
-from stages.tokenize import encode, load_chat, take_late_system
+from stages.tokenize import PARAMETERS, encode, load_chat, take_late_system
 
 BASE = Path("models/base")
 SHOWN = 3  # conversations
@@ -152,7 +151,7 @@ def report_rows(counts: Counts, funnel: dict[str, Any], notes: list[str]) -> Non
 
 def governed(reason: str) -> str:
     """A reason, and the parameter that governs it."""
-    parameter = {**PREPARES, **TOKENIZES}.get(reason)
+    parameter = STEPS.get(reason) or PARAMETERS.get(reason)
     return f"{reason} (parameter {parameter})" if parameter else reason
 
 

@@ -38,6 +38,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "threads": "all",
         "tree_states": [],
         "languages": ["de"],
+        "detect_languages": True,
         "min_quality": 0.5,
         "max_toxicity": 0.5,
         "allow_synthetic": False,
@@ -49,7 +50,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "split_seed": 7,
     },
     "prepare evaluate": {"system_prompt": "Be brief."},
-    "tokenize": {"chat_template": "model", "max_length": 64},
+    "tokenize": {"chat_template": "model", "max_length": 64, "truncation_side": "left"},
     "train": {
         "load_in_4bit": False,
         "bnb_4bit_quant_type": "fp4",
