@@ -38,8 +38,6 @@ PAGE = Path("reports/tokens.html")
 SPLITS = ("train", "validation")
 PARAMETERS = {"too_long": "max_length", "late_system": "chat_template"}  # that govern what is left out
 COLUMNS = ("messages", "trained", "lang", "message_tree_id")  # what is read of a conversation
-# The parameter that governs each reason to leave a conversation out.
-PARAMETERS = {"too_long": "max_length", "late_system": "chat_template"}
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
