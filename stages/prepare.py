@@ -98,8 +98,8 @@ def main() -> None:
     for number, note in enumerate(split_notes(messages, len(sources))):
         print(f"prepare: {sources[number]['source']}: {note}", flush=True)
     splits, funnel = prepare(messages, params)
-    if note := leak_note(funnel):
-        print(note, file=sys.stderr, flush=True)
+    if leak := leak_note(funnel):
+        print(leak, file=sys.stderr, flush=True)
     with write_whole(FUNNEL) as report, write_whole(PREPARED) as folder:
         write_json(report, funnel)
         folder.mkdir()

@@ -32,7 +32,7 @@ def read_messages(folder: Path, dataset: int = 0, notes: list[str] | None = None
     files = data_files(folder)
     unread: Counter[str] = Counter()
     stems = Counter(stem_of(file, folder) for file in files)
-    rows = []
+    rows: list[Row] = []
     for file in files:
         name, stem = name_in(file, folder), stem_of(file, folder)
         rows += messages_of(file, name, stem if stems[stem] == 1 else name, unread)

@@ -176,7 +176,7 @@ def test_a_tuned_tiny_model_learns_to_stop(tiny_llama, llama_params, tmp_path):
 
 def test_collator_pads_and_masks(tiny_llama, llama_params, tmp_path):
     rows, tokenizer = tokens(tiny_llama, "chatml")
-    rows.at[0, "input_ids"] = rows.at[0, "input_ids"][:-3] + [tokenizer.eos_token_id]
+    rows.at[0, "input_ids"] = [*rows.at[0, "input_ids"][:-3], tokenizer.eos_token_id]
     rows.at[0, "assistant_masks"] = rows.at[0, "assistant_masks"][:-2]
     trainer = tiny_trainer(tiny_llama, llama_params, rows, tokenizer, tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
@@ -184,7 +184,7 @@ def test_collator_pads_and_masks(tiny_llama, llama_params, tmp_path):
     assert batch["input_ids"].shape == batch["labels"].shape == (2, max(map(len, rows["input_ids"][:2])))
     for i in range(2):
         ids, mask = rows["input_ids"][i], rows["assistant_masks"][i]
-        assert batch["input_ids"][i][: len(ids)].tolist() == ids
+        assert batch["input_ids"][i][: len(ids)].tolist() == list(ids)
         assert (batch["input_ids"][i][len(ids) :] == tokenizer.pad_token_id).all()
         assert [x for x in batch["labels"][i].tolist() if x != -100] == [t for t, m in zip(ids, mask, strict=True) if m]
         assert batch["labels"][i].tolist()[len(ids) - 1] == tokenizer.eos_token_id  # the end token is learnt
