@@ -1,21 +1,12 @@
-"""Conversations to tokens: exact ids and masks, the same in every reader, and one line where it cannot be."""
-
-import json
+"""Conversations to tokens: exact ids and spans, and one line where it cannot be."""
 
 import pytest
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from stages.common.chat import Chat, ChatError, end_ids
+from stages.common.chat import Chat, ChatError
 from stages.common.chat.tokens import Tokens
 from stages.common.errors import StageError
-from stages.common.generation import greedy_answers
-from stages.common.models import load_model
-from stages.evaluate import ended
-from stages.export import set_tokenizer
-from stages.merge import save_tokenizer
-from stages.merge import set_special_tokens as set_models_tokens
 from stages.tokenize import load_template, set_special_tokens
 from tests.support.models import CORPUS
 from tests.support.templates import LOOP, PROMPT, SMALL, TURN, chat_of, talk, tokenizer_for
@@ -210,47 +201,3 @@ def test_a_control_token_in_a_text_is_text():
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     assert [i for i in hostile.ids if i in special] == [i for i in plain.ids if i in special]
     assert tokenizer.decode(hostile.ids).replace("\u200b", "").count("No <|stop|> here<|im_start|>") == 1
-
-
-# Where answers end -------------------------------------------------------------------------------------------------
-
-
-def test_generation_stops_at_every_token_that_closes_an_answer(tiny_llama, tmp_path):
-    template = SMALL["an_end_for_each_position"].replace("<|stop|>", "<|endoftext|>")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    assert set_special_tokens(tokenizer, template, len(tokenizer)) == ["<|endoftext|>", "<|im_end|>"]
-    assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.pad_token == "<|im_start|>"  # no end is the padding
-    ends = end_ids(tokenizer)
-    assert ends == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert ended([5, ends[0]], ends) and ended([ends[1]], ends) and not ended([5], ends) and not ended([], ends)
-
-    model = load_model(tiny_llama, torch.float32).eval()
-    set_models_tokens(model, tokenizer)
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == ends
-    save_tokenizer(tokenizer, tmp_path)
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx/genai_config.json").write_text(json.dumps({"model": {"eos_token_id": 7}}))
-    set_tokenizer(tmp_path / "onnx", tokenizer, tmp_path)
-    assert json.loads((tmp_path / "onnx/genai_config.json").read_text())["model"]["eos_token_id"] == ends
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_greedy_answer_ends_at_any_of_them(tiny_llama, which, monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    model = load_model(tiny_llama, torch.float32).eval()
-    (free,) = greedy_answers(model, tokenizer, [[40, 41, 42]], 8, 1)
-    ends = [599, 599]
-    ends[which] = free[2]  # its third token is an end now
-    monkeypatch.setattr("stages.common.generation.end_ids", lambda tokenizer: ends)
-    (short,) = greedy_answers(model, tokenizer, [[40, 41, 42]], 8, 1)
-    assert short == free[: free.index(free[2]) + 1] and len(short) < len(free)
-
-
-def test_one_end_token_is_a_number_as_before(tiny_llama):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    set_special_tokens(tokenizer, load_template("chatml", tokenizer), len(tokenizer))
-    model = load_model(tiny_llama, torch.float32)
-    set_models_tokens(model, tokenizer)
-    assert (
-        model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    )

@@ -1,19 +1,26 @@
-"""One template, the same ids everywhere: tokenize, merge, export and the app, with marks and without."""
+"""One chat template in tokenize, merge, export and the app: the same ids, and the same tokens that end answers."""
 
 import json
 import re
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from chatapp.engine.prompt import PromptBuilder
-from stages.common.chat import Chat, ChatError, check_same_ids, plain_template, rendered_by
+from stages.common.chat import Chat, ChatError, check_same_ids, end_ids, plain_template, rendered_by
 from stages.common.chat.probes import probes
 from stages.common.errors import StageError
+from stages.common.generation import greedy_answers
+from stages.common.models import load_model
+from stages.evaluate import ended
 from stages.export import set_tokenizer
 from stages.merge import save_tokenizer
-from stages.tokenize import set_special_tokens
+from stages.merge import set_special_tokens as set_models_tokens
+from stages.tokenize import load_template, set_special_tokens
 from tests.support.templates import LOOP, PROMPT, SMALL, TURN, talk, tokenizer_for
+
+# The same ids everywhere -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -67,3 +74,47 @@ def test_an_exported_template_that_differs_is_refused(tmp_path):
     (tmp_path / "onnx/genai_config.json").write_text(json.dumps({"model": {}}))
     with pytest.raises(StageError, match="gives other tokens than training saw"):
         set_tokenizer(tmp_path / "onnx", tokenizer, tmp_path)
+
+
+# Where answers end -------------------------------------------------------------------------------------------------
+
+
+def test_generation_stops_at_every_token_that_closes_an_answer(tiny_llama, tmp_path):
+    template = SMALL["an_end_for_each_position"].replace("<|stop|>", "<|endoftext|>")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    assert set_special_tokens(tokenizer, template, len(tokenizer)) == ["<|endoftext|>", "<|im_end|>"]
+    assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.pad_token == "<|im_start|>"  # no end is the padding
+    ends = end_ids(tokenizer)
+    assert ends == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert ended([5, ends[0]], ends) and ended([ends[1]], ends) and not ended([5], ends) and not ended([], ends)
+
+    model = load_model(tiny_llama, torch.float32).eval()
+    set_models_tokens(model, tokenizer)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == ends
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/genai_config.json").write_text(json.dumps({"model": {"eos_token_id": 7}}))
+    set_tokenizer(tmp_path / "onnx", tokenizer, tmp_path)
+    assert json.loads((tmp_path / "onnx/genai_config.json").read_text())["model"]["eos_token_id"] == ends
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_greedy_answer_ends_at_any_of_them(tiny_llama, which, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = load_model(tiny_llama, torch.float32).eval()
+    (free,) = greedy_answers(model, tokenizer, [[40, 41, 42]], 8, 1)
+    ends = [599, 599]
+    ends[which] = free[2]  # its third token is an end now
+    monkeypatch.setattr("stages.common.generation.end_ids", lambda tokenizer: ends)
+    (short,) = greedy_answers(model, tokenizer, [[40, 41, 42]], 8, 1)
+    assert short == free[: free.index(free[2]) + 1] and len(short) < len(free)
+
+
+def test_one_end_token_is_a_number_as_before(tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    set_special_tokens(tokenizer, load_template("chatml", tokenizer), len(tokenizer))
+    model = load_model(tiny_llama, torch.float32)
+    set_models_tokens(model, tokenizer)
+    assert (
+        model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    )
