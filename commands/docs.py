@@ -142,15 +142,31 @@ def declared(text: str) -> str:
     return text
 
 
+def headings() -> list[tuple[str, list[str]]]:
+    """The headings of a parameter file, and the keys below each.
+
+    A section that ends with a key that may be a list shares its heading with the next one: DVC would write the list
+    below a heading that follows.
+    """
+    shown: list[tuple[str, list[str]]] = []
+    for stage, keys in sections().items():
+        if shown and may_be_a_list(shown[-1][1][-1]):
+            name, before = shown.pop()
+            shown.append((f"{name}, {stage}", before + keys))
+        else:
+            shown.append((stage, keys))
+    return shown
+
+
 def annotated(text: str, reference: dict[str, Any]) -> str:
     """A parameter file with the same values, and its comments written again."""
     values = with_defaults(YAML(typ="safe").load(text))
     why = reasons(text)
     lines = [line for line in text.splitlines() if line.startswith("#")]
-    header = lines[: next((i for i, line in enumerate(lines) if line.startswith("# fetch -")), len(lines))]
+    header = lines[: next((i for i, line in enumerate(lines) if re.match(r"# fetch\b.* -", line)), len(lines))]
     after_a_list = False
-    for stage, keys in sections().items():
-        header += ["", f"# {stage} ".ljust(WIDTH - 1, "-")]
+    for heading, keys in headings():
+        header += ["", f"# {heading} ".ljust(WIDTH - 1, "-")]
         for key in keys:
             out = io.StringIO()
             yaml().dump({key: values[key]}, out)
