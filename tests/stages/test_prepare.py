@@ -122,6 +122,7 @@ def forests(draw):
     return rows + trees_in_both_splits()
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(forests(), st.sampled_from(["best", "all"]))
 def test_any_forest_gives_alternating_conversations_and_counts_that_add_up(rows, threads):

@@ -119,6 +119,7 @@ pieces = st.one_of(
 contents = st.lists(pieces, min_size=1, max_size=6).map("".join).filter(lambda text: text.strip())
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(ACCEPTED),

@@ -136,6 +136,7 @@ def test_evaluations_do_not_change_the_training(tiny_llama, llama_params, tmp_pa
             assert torch.equal(parameter, weights[1][name]), name
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_curve(tiny_llama, llama_params, tmp_path):
     plain_params = llama_params.model_copy(update={"lora_dropout": 0.0})
     plain = train_tiny(tiny_llama, plain_params, tmp_path, "chatml")
@@ -154,6 +155,7 @@ def test_the_repacking_that_loses_gradients_is_off(tiny_llama, llama_params):
     assert len(flags) == 14 and not any(flags)
 
 
+@pytest.mark.slow
 def test_a_tuned_tiny_model_learns_to_stop(tiny_llama, llama_params, tmp_path):
     # It learns the answers by heart, so that the last digits of its weights do not matter.
     changes = {"max_steps": 200, "eval_steps": 200, "learning_rate": 0.003}
