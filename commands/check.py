@@ -22,6 +22,7 @@ from stages.common.chat import Chat
 from stages.common.downloads import is_watched, local_digest
 from stages.common.errors import StageError
 from stages.common.params import read_params, section_of
+from stages.common.records import read_source
 from stages.common.schema import Params, PrepareParams, TokenizeParams
 from stages.common.truncation import cut_conversation
 from stages.conversations.left_out import PARAMETERS as STEPS
@@ -69,6 +70,15 @@ def given_path(arguments: list[str]) -> Path:
     if not path.exists():
         raise StageError(f"{path} does not exist. Correct DATA=…")
     return path
+
+
+def is_fetched(params: Params) -> bool:
+    """Whether models/base/ is the base model of the parameters."""
+    path = BASE / "source.json"
+    if not path.is_file():
+        return False
+    record = read_source(path)
+    return (record["source"], record["revision"]) == (params.base_model, params.base_model_revision)
 
 
 @contextmanager
@@ -238,15 +248,18 @@ def main() -> None:
     print(f"{path}\n")
     splits, funnel = prepare(messages, chosen, [str(path)])
     if leak := leak_note(funnel):
-        notes.append(leak)
+        notes.append(leak.removeprefix("prepare: "))
     conversations = in_order(splits, messages)
     tokens = None
-    if (BASE / "source.json").is_file():
+    if is_fetched(params):
         tokenizer, chat, _ = load_chat(section_of(params.model_dump(), TokenizeParams))
         tokens = tokens_of(chat, tokenizer.decode, conversations, params.max_length, params.truncation_side)
     report_rows(counts, funnel, notes)
     report_dropped(funnel, tokens)
     kept = tokens.kept if tokens else {name: counts["conversations"] for name, counts in funnel["kept"].items()}
+    for split in ("train", "validation"):
+        if not kept.get(split):
+            raise StageError(f"no conversation of {split} is left, by what is dropped above. Change it as said there.")
     report_kept(kept)
     report_tokens(tokens, conversations, params.max_length)
     report_examples(tokens, conversations)

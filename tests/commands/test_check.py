@@ -35,10 +35,17 @@ def folder(tmp_path, monkeypatch, tiny_llama):
     shutil.copytree(ROOT / "stages/templates", tmp_path / "stages/templates")
     shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
     shutil.copytree(tiny_llama, tmp_path / "models/base")
-    (tmp_path / "models/base/source.json").write_text("{}")
+    record = {"source": "file:models/local/tiny", "revision": None, "hub": None, "license": None}
+    (tmp_path / "models/base/source.json").write_text(json.dumps(record))
     write_jsonl(tmp_path / "data/local/mine.jsonl", ROWS)
     set_params(
-        tmp_path, dataset="file:data/local/mine.jsonl", dataset_revision=None, max_length=128, validation_fraction=0.24
+        tmp_path,
+        base_model=record["source"],
+        base_model_revision=None,
+        dataset="file:data/local/mine.jsonl",
+        dataset_revision=None,
+        max_length=128,
+        validation_fraction=0.24,
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -115,6 +122,18 @@ def test_without_a_base_model_lengths_are_characters(folder, monkeypatch, capsys
     said = run(monkeypatch, capsys, "data/local/mine.jsonl")
     assert "characters: median" in said and "dvc repro fetch_model" in said
     assert "assistant: ⟦It is 1.⟧" in said
+
+
+def test_another_models_tokenizer_does_not_count(folder, monkeypatch, capsys):
+    set_params(folder, base_model="file:models/local/other")
+    assert "characters: median" in run(monkeypatch, capsys, "data/local/mine.jsonl")
+
+
+def test_where_nothing_fits_what_took_it_is_shown_first(folder, monkeypatch, capsys):
+    set_params(folder, max_length=16, system_prompt="word " * 50)
+    with pytest.raises(StageError, match="no conversation of train is left"):
+        run(monkeypatch, capsys, "data/local/mine.jsonl")
+    assert lines(capsys.readouterr().out)["dropped"][-1] == "42 conversations: too_long (parameter max_length)"
 
 
 def test_a_folder_elsewhere_gets_its_pin(folder, monkeypatch, capsys, tmp_path_factory):
