@@ -157,7 +157,11 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator
     stream = DecodeStream(skip_special_tokens=False)
     backend = tokenizer.backend_tokenizer
     for token in ids:
-        yield stream.step(backend, int(token))
+        try:
+            yield stream.step(backend, int(token))
+        except Exception:  # a decoder that changes earlier text as tokens follow: the token alone
+            stream = DecodeStream(skip_special_tokens=False)
+            yield backend.decode([int(token)], skip_special_tokens=False)
 
 
 def parts_of(text: str) -> Iterator[Part]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from stages.common.chat import Chat
 from stages.common.token_page import MAX_EDGE, Shown, choose, show_sample, texts_of, token_page
@@ -122,6 +123,18 @@ def test_the_texts_of_tokens_are_the_text_of_the_conversation():
     tokenizer = tokenizer_for(CHATML)
     ids = tokenizer.encode("Zwölf 🙂 空はなぜ\n\n  x<|im_end|>", add_special_tokens=False)
     assert "".join(text or "" for text in texts_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_decoder_that_changes_earlier_text_stops_nothing():
+    vocabulary = {"▁a": 0, "▁b": 1, "<0xE7>": 2, "<0xA9>": 3, "<0xBA>": 4, "##": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)  # as Llama 2's
+    texts = list(texts_of(SimpleNamespace(backend_tokenizer=tokenizer), [0, 1, 2, 3, 4, 0, 2, 1]))
+    assert len(texts) == 8 and "".join(text or "" for text in texts[:6]) == "a b空 a"
+    changing = decoders.Sequence([decoders.Fuse(), decoders.Replace("▁a▁b", "x"), decoders.Replace("▁", " ")])
+    tokenizer.decoder = changing
+    assert len(list(texts_of(SimpleNamespace(backend_tokenizer=tokenizer), [0, 1, 0, 0, 1]))) == 5
 
 
 def test_what_a_conversation_lost_is_said():
