@@ -87,10 +87,10 @@ STATES = {
     "another vocabulary": ("tokenize", lambda p: other_vocabulary(p / "models/base"), "they do not fit"),
     "too short a model": ("tokenize", lambda p: set_params(p, max_length=4096), "reads at most 512 tokens"),
     "no such template": ("tokenize", lambda p: set_params(p, chat_template="none"), "none.jinja does not exist"),
-    "a template without marks": (
+    "a template that writes no content": (
         "tokenize",
         lambda p: (rewrite("stages/templates/bare.jinja", "{{ messages }}")(p), set_params(p, chat_template="bare")),
-        "generation %} marks",
+        "it does not write the content of user messages",
     ),
     "tokens, gone": ("train", unlink("data/tokenized/train.parquet"), "train.parquet is missing"),
     "tokens, without a column": ("train", drop_column(TOKENIZED, "length"), "has no length"),
