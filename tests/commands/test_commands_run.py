@@ -74,6 +74,7 @@ ELSEWHERE = {
     "dvc repro judge": "a stage that a reader adds",
     "dvc push": "tests/whole/test_remote.py",
     "dvc add": "tests/whole/test_experiments.py",
+    "dvc exp run -S truncation_side": "tests/stages/test_truncation.py",
     "make check": "tests/commands/test_check.py",
     "python -m tests.support.templates": "tests/stages/test_templates.py",
     "dvc pull": "tests/whole/test_remote.py",
