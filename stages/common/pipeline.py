@@ -21,8 +21,3 @@ def read_pipeline(folder: Path = Path()) -> dict[str, dict[str, Any]]:
 def code_of(stage: str) -> list[Path]:
     """The source files and folders that a stage depends on."""
     return [Path(dep) for dep in read_pipeline()[stage]["deps"] if dep.startswith("stages/")]
-
-
-def paths_of(entries: list[Any]) -> list[str]:
-    """The paths of a stage's outs, metrics or plots, with or without options of their own."""
-    return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]

@@ -53,7 +53,7 @@ def cut_to_last_turns(
 ) -> Cut | None:
     """A conversation without as many of its first turns as needed, so that it has at most `max_length` tokens.
 
-    It is written anew by the template, as a conversation that starts there. None when its last answer does not fit, or
+    The template writes what is left as a conversation that starts there. None when its last answer does not fit, or
     no answer to train on is left.
     """
     last = encoded.spans[-1][1]

@@ -40,6 +40,7 @@ class Form(NamedTuple):
     roles: dict[str, str]  # the form's names of the two speakers -> user, assistant
     matches: Callable[[Row], bool]
     messages: Callable[[Row, str], Iterable[Row]]  # a row, and the id of its conversation where it states none
+    also: frozenset[str] = frozenset()  # columns that it reads besides those it needs
     is_tree: bool = False  # rows of OASST1's own schema, whose other columns are known
 
 
@@ -246,11 +247,7 @@ def unread_columns(row: Row, form: Form) -> Iterator[str]:
         for part in (row, *nodes(row)) if isinstance(row.get("prompt"), dict) else (row,):
             yield from (str(name) for name in part.keys() - TREE_COLUMNS if given(part[name]))
         return
-    read = {name for columns in form.columns for name in columns} | COMMON
-    if form.name == "instruction":
-        read |= {*CONTEXT, "history", "label"}
-    elif form.name == "preference":
-        read |= {"rejected"}
+    read = {name for columns in form.columns for name in columns} | form.also | COMMON
     yield from (str(name) for name, value in row.items() if name not in read and given(value))
     for column in read & row.keys():
         turns = row[column] if column not in COMMON else None
@@ -266,7 +263,12 @@ def unread_columns(row: Row, form: Form) -> Iterator[str]:
 
 FORMS = (
     Form(
-        "nested tree", (("prompt",),), OASST_ROLES, lambda row: isinstance(row.get("prompt"), dict), tree_messages, True
+        "nested tree",
+        (("prompt",),),
+        OASST_ROLES,
+        lambda row: isinstance(row.get("prompt"), dict),
+        tree_messages,
+        is_tree=True,
     ),
     turn_form("messages", "messages"),
     turn_form("ShareGPT", "conversations"),
@@ -277,6 +279,7 @@ FORMS = (
         TURN_ROLES,
         lambda row: chosen_columns(row) is not None,
         chosen_messages,
+        also=frozenset({"rejected"}),
     ),
     Form(
         "instruction",
@@ -284,6 +287,7 @@ FORMS = (
         TURN_ROLES,
         lambda row: instruction_columns(row) is not None,
         instruction_messages,
+        also=frozenset({*CONTEXT, "history", "label"}),
     ),
     Form(
         "message",
@@ -291,6 +295,6 @@ FORMS = (
         OASST_ROLES,
         lambda row: "message_id" in row or {"text", "role"} <= row.keys(),
         lambda row, conversation_id: [flat_message(row)],
-        True,
+        is_tree=True,
     ),
 )

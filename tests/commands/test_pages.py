@@ -11,10 +11,9 @@ from ruamel.yaml import YAML
 
 from commands.summary import exported, table
 from stages.common.artifacts import read_json
-from stages.common.pipeline import paths_of
 from stages.common.schema import Params
 from tests.support.pages import EXAMPLES, PAGES, README, blocks, prose, text_of
-from tests.support.project import PIPELINE, ROOT, ships
+from tests.support.project import PIPELINE, ROOT, STAGES, outputs_of, ships
 
 MAX_README_BYTES = 9000
 # Files that a page asks a reader to make, or that a command makes; and examples.
@@ -22,11 +21,7 @@ MADE = ("build/", "models/checkpoints", "recipes/previous", "stages/templates/NA
 
 
 def outputs() -> set[str]:
-    return {
-        path
-        for stage in PIPELINE.values()
-        for path in paths_of([out for key in ("outs", "metrics", "plots") for out in stage.get(key, [])])
-    }
+    return {path for stage in STAGES for path in outputs_of(stage)}
 
 
 def is_there(name: str) -> bool:

@@ -99,6 +99,6 @@ def test_tokenize_says_what_max_length_took():
         "warning: tokenize: train: too_long took 2 of 10 conversations (20%). The parameter `max_length` governs it.",
         "warning: tokenize: train: late_system took 3 of 10 conversations (30%). The parameter `chat_template` governs "
         "it.",
-        "warning: tokenize: train: cutting took 120 of 1,000 supervised tokens (12%). The parameter `max_length` "
+        "warning: tokenize: train: max_length took 120 of 1,000 supervised tokens (12%). The parameter `max_length` "
         "governs it.",
     ]

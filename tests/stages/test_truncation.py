@@ -1,4 +1,4 @@
-"""The last turns of a conversation that is too long: a conversation of its own, which the template writes anew."""
+"""The last turns of a conversation that is too long: a conversation of its own, which the template writes again."""
 
 import pytest
 

@@ -15,7 +15,7 @@ from typing import IO
 import pytest
 from ruamel.yaml import YAML
 
-from stages.common.pipeline import paths_of, read_pipeline
+from stages.common.pipeline import read_pipeline
 from tests.support.rows import small_trees, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,9 @@ COPIED = (
 def outputs_of(stage: str) -> list[str]:
     """The paths of all that a stage makes, by dvc.yaml."""
     made = PIPELINE.get(stage, {})
-    return [path for kind in ("outs", "metrics", "plots") for path in paths_of(made.get(kind, []))]
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in made.get(kind, [])]
+    # An entry with options is a mapping of its path.
+    return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
 
 
 def stages_run(said: str) -> list[str]:
