@@ -10,7 +10,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -27,10 +26,12 @@ from voluptuous import Invalid
 from commands.lockfile import LOCK
 from stages.common.artifacts import write_json
 from stages.common.errors import StageError
-from stages.common.locks import hold
+from stages.common.locks import alone, hold
 from stages.common.params import read_params
+from stages.common.pipeline import read_pipeline
 
 RWLOCK = Path(".dvc/tmp/rwlock")
+POLL_SECONDS = 0.1
 
 
 def is_complete(path: Path) -> bool:
@@ -58,20 +59,29 @@ def release_the_dead() -> None:
     with make_lock(str(RWLOCK.with_name(RWLOCK_LOCK)), tmp_dir=str(RWLOCK.parent)):  # as DVC edits it
         table = json.loads(RWLOCK.read_text(encoding="utf-8"))
         alive: dict[str, Any] = {
-            "write": {path: holder for path, holder in table.get("write", {}).items() if not is_dead(holder["pid"])},
+            "write": {path: holder for path, holder in table.get("write", {}).items() if not ended(holder["pid"])},
             "read": {
                 path: living
                 for path, holders in table.get("read", {}).items()
-                if (living := [holder for holder in holders if not is_dead(holder["pid"])])
+                if (living := [holder for holder in holders if not ended(holder["pid"])])
             },
         }
         if alive != table:
             write_json(RWLOCK, alive)
 
 
-def is_dead(pid: int) -> bool:
+def is_dead(process: psutil.Process) -> bool:
+    """Whether a process has ended. One that no parent has collected (a zombie) has; so has one whose number another
+    process has now."""
     try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        return not process.is_running() or bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def ended(pid: int) -> bool:
+    try:
+        return is_dead(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return True
 
@@ -99,28 +109,37 @@ def repair() -> None:
     release_the_dead()
 
 
+def wait_for_stages() -> None:
+    """Wait for stages that still run though their DVC has ended: a training saves its step first."""
+    for name in read_pipeline():
+        with alone(name, name):
+            pass
+
+
 def main() -> None:
     read_params()  # a wrong value of any stage, before DVC removes the outputs of the first that runs
     hold("make", "another make")
     repair()
-    ending: set[psutil.Process] = set()  # also children that DVC no longer lists once it has ended
-    asked = threading.Event()
+    asked = forwarded = 0
 
-    def terminate(*_: object) -> None:
-        asked.set()
-        ending.update(psutil.Process().children(recursive=True))
-        for member in ending:
-            with suppress(psutil.NoSuchProcess):
-                member.terminate()
+    def count(*_: object) -> None:  # no more than that: a second signal may come while the first is handled
+        nonlocal asked
+        asked += 1
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, count)
     dvc = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", *sys.argv[1:]], close_fds=False
     )  # DVC inherits the lock
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to every process of the group
-    if asked.is_set():  # a signal that came before DVC started
-        terminate()
-    code = dvc.wait()
-    while not all(is_dead(member.pid) for member in ending):  # a training saves its step first
-        time.sleep(0.1)
-    sys.exit(code if code >= 0 else 128 - code)
+    ending: set[psutil.Process] = set()
+    while dvc.poll() is None or not all(is_dead(member) for member in ending):
+        if forwarded < asked:
+            forwarded = asked
+            ending.update(psutil.Process().children(recursive=True))
+            for member in ending:
+                with suppress(psutil.NoSuchProcess):
+                    member.terminate()
+        time.sleep(POLL_SECONDS)
+    if asked:
+        wait_for_stages()
+    sys.exit(dvc.returncode if dvc.returncode >= 0 else 128 - dvc.returncode)
