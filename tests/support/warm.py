@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -38,8 +39,7 @@ LIBRARIES = ("stages.fetch_model", "stages.train", "stages.merge", "stages.evalu
 LIBRARIES += (BUILDER, "dvc.cli", "dvc.repo", "dvc.commands.repro")
 MAX_REQUEST = 1 << 16
 
-CLIENT = """#!{real} -IS
-import json, os, socket, sys
+CLIENT = """import json, os, socket, sys
 modules, variables, address = {modules!r}, {variables!r}, {address!r}
 given, environment = sys.argv[1:], dict(os.environ)
 if given[:1] != ["-m"] or given[1] not in modules or [environment.get(name) for name in {names!r}] != variables:
@@ -67,7 +67,10 @@ class WarmPython:
         client = CLIENT.format(
             real=sys.executable, modules=MODULES, names=READ_AT_IMPORT, variables=variables, address=str(address)
         )
-        self.python.write_text(client, encoding="utf-8")
+        (folder / "client.py").write_text(client, encoding="utf-8")
+        # A shell starts it: the path of an interpreter after #! may hold no space.
+        start = shlex.join([sys.executable, "-IS", str(folder / "client.py")])
+        self.python.write_text(f'#!/bin/sh\nexec {start} "$@"\n', encoding="utf-8")
         self.python.chmod(0o755)
         command = [sys.executable, "-m", "tests.support.warm", str(address), str(self.python), str(sleeps)]
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE)
