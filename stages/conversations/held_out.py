@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from stages.common.schema import PrepareParams
 from stages.conversations.duplicates import dissimilar, first_copies, normalised
-from stages.conversations.selection import Selection
+from stages.conversations.selection import Selection, is_among
 
 Sizes = Mapping[str, int]  # how many trees begin with each question
 
@@ -36,7 +36,7 @@ def hold_out(selection: Selection, params: PrepareParams) -> Selection:
         for root, *_ in selection.threads
         if tree[root] in question and question[tree[root]] in chosen.get(dataset[root], ())
     }
-    settled = selection.messages["split"].mask(selection.messages["message_id"].isin(held), "validation")
+    settled = selection.messages["split"].mask(is_among(selection.messages["message_id"], held), "validation")
     return replace(selection, messages=selection.messages.assign(split=settled))
 
 

@@ -1,12 +1,19 @@
 """What is left of the data after each step, and the funnel: what each step dropped."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 Thread = tuple[str, ...]  # the message ids from a root to an answer
+
+
+def is_among(column: pd.Series, values: Iterable[str]) -> pd.Series:
+    """Which entries of `column` are among `values`. On Arrow's strings, `Series.isin` takes seconds for 100,000 values:
+    it converts each by itself."""
+    known = set(values)
+    return pd.Series([value in known for value in column.tolist()], index=column.index, dtype=bool)
 
 
 def count(messages: pd.DataFrame) -> dict[str, Any]:
@@ -36,7 +43,7 @@ class Funnel:
     def drop(self, gone: pd.DataFrame, kept: pd.DataFrame, reason: str, conversations: int) -> "Funnel":
         """The funnel with one more step, which dropped the messages `gone` and kept `kept`."""
         step = count(gone)
-        step["trees"] = int((~gone["message_tree_id"].drop_duplicates().isin(kept["message_tree_id"])).sum())
+        step["trees"] = int((~is_among(gone["message_tree_id"].drop_duplicates(), kept["message_tree_id"])).sum())
         step["conversations"] = conversations
         step["messages_left"] = len(kept)
         step["trees_left"] = int(kept["message_tree_id"].nunique())
@@ -78,7 +85,7 @@ class Selection:
         return dict(zip(self.messages["message_id"], self.messages[column], strict=True))
 
     def _in(self, threads: Sequence[Thread]) -> pd.Series:
-        return self.messages["message_id"].isin({message_id for ids in threads for message_id in ids})
+        return is_among(self.messages["message_id"], (message_id for ids in threads for message_id in ids))
 
     def _keep(self, mask: pd.Series, reason: str, conversations: int) -> "Selection":
         kept = self.messages[mask]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from stages.conversations.selection import Selection, Thread, count
+from stages.conversations.selection import Selection, Thread, count, is_among
 from stages.conversations.threads import trained_answers
 
 
@@ -47,7 +47,7 @@ def count_kept(messages: pd.DataFrame, conversations: pd.DataFrame) -> dict[str,
     """Messages (each once), trees, characters and conversations of a split: in all, by language, and by_dataset where
     `messages`, those of all splits, come from several data sets."""
     used = {message_id for ids in conversations["message_ids"] for message_id in ids}
-    counts = {**count(messages[messages["message_id"].isin(used)]), "conversations": len(conversations)}
+    counts = {**count(messages[is_among(messages["message_id"], used)]), "conversations": len(conversations)}
     if messages["dataset"].nunique() > 1:
         of_each = conversations["dataset"].value_counts()
         counts["by_dataset"] = {str(number + 1): int(of_each[number]) for number in sorted(of_each.index)}

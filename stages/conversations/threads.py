@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from stages.conversations.selection import Thread
+from stages.conversations.selection import Thread, is_among
 
 
 def reachable(messages: pd.DataFrame) -> pd.Series:
@@ -18,7 +18,7 @@ def reachable(messages: pd.DataFrame) -> pd.Series:
     while frontier:
         found.update(frontier)
         frontier = [child for parent in frontier for child in children.get(parent, ())]
-    return messages["message_id"].isin(found)
+    return is_among(messages["message_id"], found)
 
 
 def right_roles(messages: pd.DataFrame) -> pd.Series:
@@ -32,7 +32,7 @@ def right_roles(messages: pd.DataFrame) -> pd.Series:
 
 def answered(messages: pd.DataFrame) -> pd.Series:
     """Which messages are answers, or questions that have an answer."""
-    return (messages["role"] != "user") | messages["message_id"].isin(messages["parent_id"].dropna())
+    return (messages["role"] != "user") | is_among(messages["message_id"], messages["parent_id"].dropna())
 
 
 def find_threads(messages: pd.DataFrame, which: str) -> list[Thread]:
