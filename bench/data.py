@@ -7,6 +7,7 @@ Run: `python -m bench.data` (5 minutes; needs models/base/); `--repeats`
 """
 
 import argparse
+import gc
 import shutil
 import statistics
 import sys
@@ -72,14 +73,7 @@ def ways(
         return {"input_ids": made["input_ids"][:MAX_LENGTH], "assistant_masks": made["assistant_masks"][:MAX_LENGTH]}
 
     def mapped() -> None:
-        made = Dataset.from_dict({"messages": talks}).map(
-            encoded, load_from_cache_file=False, cache_file_name=str(cache)
-        )
-        made.to_parquet(str(cache.with_suffix(".parquet")))
-
-    def by_stage(rows: pd.DataFrame) -> None:
-        frame, _ = tokenize(rows, tokenizer, MAX_LENGTH)
-        frame.to_parquet(cache.with_suffix(".stage.parquet"), index=False)
+        Dataset.from_dict({"messages": talks}).map(encoded, load_from_cache_file=False, cache_file_name=str(cache))
 
     def by_tokenizers() -> None:
         for start in range(0, len(texts), BATCH):
@@ -87,8 +81,8 @@ def ways(
                 _ = encoding.ids
 
     return {
-        "stage": lambda: by_stage(conversations),
-        "stage, half of the rows": lambda: by_stage(half),
+        "stage": lambda: tokenize(conversations, tokenizer, MAX_LENGTH),
+        "stage, half of the rows": lambda: tokenize(half, tokenizer, MAX_LENGTH),
         "tokenizers.encode_batch": by_tokenizers,
         "datasets.map": mapped,
     }
@@ -109,6 +103,7 @@ def main() -> None:
         conversations = pd.read_parquet(folder / "data/prepared/train.parquet")
         tokenizer = load_tokenizer(folder / "data/tokenized/tokenizer")
         tokenizer.chat_template = load_template("chatml", tokenizer)
+        gc.freeze()  # as at the start of each stage
         found: dict[str, list[float]] = {}
         compared = ways(conversations, tokenizer, folder / "mapped.arrow")
         for _ in range(repeats):

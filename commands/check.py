@@ -113,10 +113,10 @@ def tokens_of(chat: Chat, decode: Any, conversations: pd.DataFrame, max_length: 
             dropped["too_long"] += 1
             continue
         kept[row.split] += 1
-        trained += sum(cut.mask)
+        trained += int(cut.mask.sum())
         cut_off += cut.lost
         if len(examples) < SHOWN:
-            runs = groupby(zip(cut.ids, cut.mask, strict=True), key=lambda pair: bool(pair[1]))
+            runs = groupby(zip(cut.ids, cut.mask.tolist(), strict=True), key=lambda pair: bool(pair[1]))
             examples.append(Example([(decode([i for i, _ in run]), mark) for mark, run in runs], len(cut.ids)))
     return Tokens(lengths, kept, trained, +dropped, cut_off, examples)
 

@@ -151,8 +151,8 @@ def tokenize(
         answers += cut.trained
         kept.append(row.Index)
         # As arrays they take a fifth of the memory, and Python's garbage collector does not walk through them.
-        ids, mask = np.array(cut.ids), np.array(cut.mask)
-        rows.append((ids, mask, len(ids), row.lang, row.message_tree_id, cut.lost))
+        ids = np.array(cut.ids)
+        rows.append((ids, cut.mask, len(ids), row.lang, row.message_tree_id, cut.lost))
     columns = ["input_ids", "assistant_masks", "length", "lang", "message_tree_id", "answers_cut_off"]
     frame = pd.DataFrame(rows, columns=columns, index=pd.Index(kept, dtype=conversations.index.dtype))
     counts = count_tokens(frame)

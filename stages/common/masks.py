@@ -1,6 +1,6 @@
 """Which tokens of a conversation are supervised: the mask that tokenize writes, and what other stages read from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,3 @@ def question_of(row: Any) -> list[int]:
 def supervised_tokens(rows: pd.DataFrame) -> int:
     """How many tokens of all conversations are supervised."""
     return sum(int(np.sum(mask)) for mask in rows["assistant_masks"])
-
-
-def answer_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """The (start, end) of each run of ones: the assistant's answers, in order."""
-    edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]
-    return list(zip(edges[::2], edges[1::2], strict=True))

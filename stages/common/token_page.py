@@ -114,7 +114,7 @@ def _shown(
     tokenizer: PreTrainedTokenizerBase, about: tuple[str, str, str, int], left: Cut | None, lost: Sequence[Message]
 ) -> Shown:
     title, why, lang, tokens_lost = about
-    tokens = list(tokens_of(tokenizer, left.ids, left.mask)) if left else []
+    tokens = list(tokens_of(tokenizer, left.ids, left.mask.tolist())) if left else []
     hidden = max(0, len(tokens) - 2 * MAX_EDGE)
     head = tokens[:MAX_EDGE] if hidden else tokens
     return Shown(
@@ -122,7 +122,7 @@ def _shown(
         why,
         lang,
         len(tokens),
-        sum(left.mask) if left else 0,
+        int(left.mask.sum()) if left else 0,
         head,
         hidden,
         tokens[-MAX_EDGE:] if hidden else [],

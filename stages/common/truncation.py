@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from stages.common.chat import Chat, Encoded
 from stages.common.chat.skeleton import ANSWER, SYSTEM, Message
 
@@ -14,7 +16,7 @@ class Cut(NamedTuple):
     """What is left of a conversation in tokens."""
 
     ids: list[int]
-    mask: list[int]  # 1 on the tokens of the answers that are to be trained on
+    mask: np.ndarray  # 1 on the tokens of the answers that are to be trained on
     lost: int  # how many answers it lost
     trained: int  # how many of those that are left are trained on
 
@@ -28,10 +30,10 @@ def cut_to_turns(encoded: Encoded, trained: Sequence[bool], max_length: int) -> 
     if not any(trained[: len(kept)]):
         return None
     end = kept[-1][1]
-    mask = [0] * end
+    mask = np.zeros(end, dtype=np.int64)
     for (start, stop), wanted in zip(kept, trained, strict=False):
         if wanted:
-            mask[start:stop] = [1] * (stop - start)
+            mask[start:stop] = 1
     return Cut(encoded.ids[:end], mask, len(encoded.spans) - len(kept), int(sum(trained[: len(kept)])))
 
 

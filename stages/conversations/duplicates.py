@@ -5,6 +5,7 @@ Each function returns a mask over the threads of a selection: which of them stay
 
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 from datasketch import MinHash, MinHashLSH
 
@@ -53,6 +54,14 @@ def _held_out_first(selection: Selection) -> list[Thread]:
     return sorted(selection.threads, key=lambda ids: ids[0] not in held)
 
 
+@cache  # they are looked for twice: before trees are held out, and after it
+def _minhash(text: str) -> MinHash:
+    words = text.split()
+    minhash = MinHash(num_perm=128, seed=1)
+    minhash.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
+    return minhash
+
+
 def near_duplicates(texts: Sequence[str], max_similarity: float) -> list[bool]:
     """Which texts share more than `max_similarity` (0 to 1) of their word triples with an earlier one that is kept.
 
@@ -63,9 +72,7 @@ def near_duplicates(texts: Sequence[str], max_similarity: float) -> list[bool]:
     hashes: dict[int, MinHash] = {}
     copies = []
     for number, text in enumerate(texts):
-        words = text.split()
-        minhash = MinHash(num_perm=128, seed=1)
-        minhash.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
+        minhash = _minhash(text)
         copy = any(hashes[other].jaccard(minhash) > max_similarity for other in index.query(minhash))
         copies.append(copy)
         if not copy:

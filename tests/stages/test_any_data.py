@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from stages.common.chat import Chat
 from stages.common.errors import StageError
-from stages.common.masks import answer_spans
 from stages.conversations.messages import read_messages
 from stages.tokenize import take_late_system, tokenize
+from tests.support.chats import answer_spans
 from tests.support.conversations import check_funnel, run
 from tests.support.rows import write_jsonl
 from tests.support.templates import SMALL, template_of, tokenizer_for

@@ -3,11 +3,11 @@
 import pandas as pd
 import pytest
 
-from stages.common.masks import answer_spans
 from stages.common.schema import PrepareParams
 from stages.conversations.messages import read_messages
 from stages.prepare import prepare
 from stages.tokenize import tokenize
+from tests.support.chats import answer_spans
 from tests.support.params import section
 from tests.support.project import SHARED_OASST1
 from tests.support.training import tokenizer_of

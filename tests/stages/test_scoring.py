@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from stages.common.errors import StageError
 from stages.common.generation import greedy_answers
-from stages.common.masks import UNSUPERVISED, answer_spans, labels_of, question_of, supervised_tokens
+from stages.common.masks import UNSUPERVISED, labels_of, question_of, supervised_tokens
 from stages.common.models import load_model
 from stages.common.scoring import accuracy_of, loss_of, perplexity_of, score
 from stages.common.trainer import to_dataset
@@ -27,12 +27,6 @@ def test_labels_are_the_ids_of_supervised_tokens():
 
 def test_the_question_ends_where_the_first_answer_begins():
     assert question_of(ROW.iloc[0]) == [5, 6]
-
-
-def test_answer_spans():
-    assert answer_spans([]) == []
-    assert answer_spans([1]) == [(0, 1)]
-    assert answer_spans([0, 1, 1, 0, 1]) == [(1, 3), (4, 5)]
 
 
 def test_supervised_tokens_are_counted_over_all_conversations():

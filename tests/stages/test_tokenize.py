@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 
 from stages.common.chat import Chat, Encoded
 from stages.common.errors import StageError
-from stages.common.masks import answer_spans
 from stages.common.truncation import cut_to_turns
 from stages.tokenize import load_template, set_special_tokens, take_late_system, tokenize
+from tests.support.chats import answer_spans
 from tests.support.templates import LOOP, PROMPT, SMALL, TURN, tokenizer_for
 
 TALK = [
@@ -109,20 +109,23 @@ def test_a_models_own_template_gets_its_marks_and_its_end_token(known, tiny_llam
     assert supervised(tokenizer, TALK) == [f"It is 2.{end}", f"Paris{end}"]
 
 
+def cut(encoded: Encoded, trained: list[bool], max_length: int) -> tuple:
+    found = cut_to_turns(encoded, trained, max_length)
+    return found.ids, found.mask.tolist(), found.lost, found.trained
+
+
 def test_cutting_keeps_complete_turns():
     ids = list(range(100, 112))
     mask = [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0]
     encoded = Encoded(ids, [(2, 4), (6, 9), (10, 11)], escaped=False)
     both = [True, True, True]
-    assert cut_to_turns(encoded, both, 12) == (ids[:11], mask[:11], 0, 3)
-    assert cut_to_turns(encoded, both, 10) == (ids[:9], mask[:9], 1, 2)
-    assert cut_to_turns(encoded, both, 9) == (ids[:9], mask[:9], 1, 2)
-    assert cut_to_turns(encoded, both, 8) == (ids[:4], mask[:4], 2, 1)
+    for length, kept, lost, trained in ((12, 11, 0, 3), (10, 9, 1, 2), (9, 9, 1, 2), (8, 4, 2, 1)):
+        assert cut(encoded, both, length) == (ids[:kept], mask[:kept], lost, trained)
     assert cut_to_turns(encoded, both, 3) is None
-    assert cut_to_turns(encoded, [False, True, True], 12) == (ids[:11], [0] * 6 + [1, 1, 1, 0, 1], 0, 2)
+    assert cut(encoded, [False, True, True], 12) == (ids[:11], [0] * 6 + [1, 1, 1, 0, 1], 0, 2)
     assert cut_to_turns(encoded, [False, True, True], 8) is None  # nothing left to train on
     side_by_side = Encoded(ids, [(2, 4), (4, 6)], escaped=False)
-    assert cut_to_turns(side_by_side, [True, True], 5) == (ids[:4], [0, 0, 1, 1], 1, 1)
+    assert cut(side_by_side, [True, True], 5) == (ids[:4], [0, 0, 1, 1], 1, 1)
 
 
 def conversations(talks: list[list[dict]]) -> pd.DataFrame:
