@@ -5,6 +5,7 @@ config.json alone from the hub. Writes nothing. Exits with 1, and names the near
 cannot do what the parameters ask. Run: `make plan`
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -140,6 +141,15 @@ def make_plan() -> Plan:
     return Plan(params, found, config, machine, tokenized(params) if found.fetched else None)
 
 
+def steps_of(plan: Plan) -> int | None:
+    """How many steps the training takes; None where passes are asked for, and the conversations are not there yet."""
+    if plan.params.max_steps is not None:
+        return plan.params.max_steps
+    if plan.data is None or plan.params.num_train_epochs is None:
+        return None
+    return math.ceil(plan.params.num_train_epochs * math.ceil(plan.data.conversations / plan.batch))
+
+
 def report_run(plan: Plan) -> None:
     """Print what would be trained, on what, here."""
     params, machine, data = plan.params, plan.machine, plan.data
@@ -152,8 +162,11 @@ def report_run(plan: Plan) -> None:
     shape = memory.shape_of(plan.config, lora_config(params))
     share = 100 * shape.adapter / shape.parameters
     print(f"  weights    {shape.parameters:,} in the base, {shape.adapter:,} ({share:.2f} %) in the LoRA adapter")
-    seen = params.max_steps * plan.batch
-    print(f"  training   {params.max_steps} steps, {seen:,} conversations, at most {seen * params.max_length:,} tokens")
+    if (steps := steps_of(plan)) is None:
+        print(f"  training   {params.num_train_epochs:g} passes over the conversations that tokenize keeps")
+        return
+    seen = steps * plan.batch
+    print(f"  training   {steps} steps, {seen:,} conversations, at most {seen * params.max_length:,} tokens")
     if data:
         print(
             f"             {seen / data.conversations:.1f} passes over data/tokenized: {data.conversations:,} "
@@ -191,19 +204,19 @@ def report_disk(plan: Plan) -> list[str]:
 
 def report_time(plan: Plan) -> None:
     """Time one batch and print what steps and evaluations would take; without conversations, how to get there."""
-    data, params = plan.data, plan.params
-    if data is None or "--no-probe" in sys.argv:
+    data, params, steps = plan.data, plan.params, steps_of(plan)
+    if data is None or steps is None or "--no-probe" in sys.argv:
         print("\n  time       measured once the conversations are there (dvc repro tokenize)")
         return
     print("\n  time       measuring one batch …", end="\r", flush=True)
     seconds = seconds_of_a_batch(BASE, params, data.batch)
     # An evaluation is one forward pass. A step takes three times as long, or four with recomputed activations.
     part = seconds / (4 if params.gradient_checkpointing else 3)
-    evaluations = 1 + params.max_steps // params.eval_steps
+    evaluations = 1 + steps // params.eval_steps
     scored = evaluations * data.held_out_tokens / (params.per_device_train_batch_size * data.batch)
-    steps = params.max_steps * params.gradient_accumulation_steps * seconds
+    training = steps * params.gradient_accumulation_steps * seconds
     print(
-        f"  time       {describe(steps)} of training steps, {describe(scored * part)} of {evaluations} "
+        f"  time       {describe(training)} of training steps, {describe(scored * part)} of {evaluations} "
         f"evaluations, at the {seconds:.1f} s measured for a batch here"
     )
 

@@ -18,23 +18,32 @@ WIDTH = 96
 SAMPLE_CHARACTERS = 280
 
 
-def table(evaluation: dict[str, Any]) -> list[str]:
-    """The lines of base against tuned."""
-    base, tuned, difference, stops = (evaluation[k] for k in ("base", "tuned", "difference", "stop_rate"))
+def table(evaluation: dict[str, Any], exported: dict[str, Any]) -> list[str]:
+    """The lines of base against tuned, the exported model and the data's own answers."""
+    base, tuned, difference, answers = (evaluation[k] for k in ("base", "tuned", "difference", "answers"))
+    columns = {"base": base, "tuned": tuned, "exported": exported["tuned"], "data": {}}
+    spoken = {**answers, "exported": exported["tuned"]["answers"], "data": answers["references"]}
     rows = [
-        ("perplexity", f"{base['perplexity']:.2f}", f"{tuned['perplexity']:.2f}"),
-        ("loss (nats a token)", f"{base['loss']:.3f}", f"{tuned['loss']:.3f}"),
-        ("token accuracy", f"{base['token_accuracy']:.1%}", f"{tuned['token_accuracy']:.1%}"),
-        (f"answers that end within {stops['max_new_tokens']} tokens", f"{stops['base']:.0%}", f"{stops['tuned']:.0%}"),
+        ("perplexity", "perplexity", "{:.2f}", columns),
+        ("token accuracy", "token_accuracy", "{:.1%}", columns),
+        (f"answers that end within {answers['max_new_tokens']} tokens", "ended", "{:.0%}", spoken),
+        ("median length of an answer, tokens", "median_tokens", "{:.0f}", spoken),
+        ("repeated sequences of 4 tokens", "repeated_4grams", "{:.1%}", spoken),
     ]
-    lines = [f"  {'':38}{'base':>9}{'tuned':>9}"]
-    lines += [f"  {name:38}{base_value:>9}{tuned_value:>9}" for name, base_value, tuned_value in rows]
+    lines = [f"  {'':38}" + "".join(f"{name:>10}" for name in columns)]
+    for words, key, form, of in rows:
+        cells = (form.format(of[name][key]) if key in of[name] else "" for name in columns)
+        lines.append(f"  {words:38}" + "".join(f"{cell:>10}" for cell in cells))
     low, high = difference["loss_ci95_low"], difference["loss_ci95_high"]
     verdict = "excludes zero" if difference["significant"] else "includes zero: no difference is shown"
     lines.append(
         f"  difference of loss {difference['loss']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]: it {verdict}"
     )
     return lines
+
+
+def steps_of(made: dict[str, Any]) -> str:
+    return f"{made['max_steps']} steps" if made["max_steps"] else f"{made['num_train_epochs']:g} passes"
 
 
 def held_out_share(kept: dict[str, Any]) -> str:
@@ -69,13 +78,16 @@ def main() -> None:
     made = parameters(read_lock())
     if not made:
         raise StageError("nothing was made yet. Run `make all`.")
-    evaluation = read_json(REPORTS / "evaluation.json", ["held_out", "base", "tuned", "difference", "stop_rate"])
+    evaluation = read_json(REPORTS / "evaluation.json", ["held_out", "base", "tuned", "difference", "answers"])
     samples = read_json(REPORTS / "samples.json")
     held_out = evaluation["held_out"]
-    print(f"\nBase {made['base_model']}\ntuned on {made['dataset']}, {made['max_steps']} steps")
+    print(f"\nBase {made['base_model']}\ntuned on {made['dataset']}, {steps_of(made)}")
     print(held_out_share(read_json(REPORTS / "funnel.json", ["kept"])["kept"]))
-    print(f"measured on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens:\n")
-    print("\n".join(table(evaluation)))
+    print(
+        f"measured on {held_out['conversations']} of {held_out['of']} held-out conversations, "
+        f"{held_out['supervised_tokens']} tokens (the others are those of the loss curve):\n"
+    )
+    print("\n".join(table(evaluation, read_json(REPORTS / "exported.json"))))
     print("\nOne answer side by side:\n")
     print("\n".join(one_sample(samples)))
     print(f"\n{exported(read_json(REPORTS / 'exported.json'))}")

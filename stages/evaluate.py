@@ -2,7 +2,7 @@
 
 Reads models/base/, models/merged/ and data/tokenized/.
 Writes reports/metrics.json (the few numbers that one compares), reports/evaluation.json (all figures: loss, perplexity,
-token accuracy, their paired difference with a 95 % interval, how often answers end by themselves),
+token accuracy, their paired difference with a 95 % interval; whether answers end, how long they are, what they repeat),
 reports/conversations.csv (both losses of every held-out conversation), reports/samples.json (the sample answers) and
 reports/samples.md (the same to read, side by side). Run: `dvc repro evaluate`
 """
@@ -15,9 +15,11 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from stages.common.answers import answer_figures, ended, reference_of
 from stages.common.artifacts import read_parquet, write_json, write_text, write_whole
 from stages.common.chat import Chat, end_ids
 from stages.common.generation import greedy_answers
+from stages.common.halves import judging
 from stages.common.masks import question_of
 from stages.common.model_files import load_tokenizer
 from stages.common.models import load_model, torch_dtype
@@ -97,18 +99,18 @@ def headline(evaluation: dict[str, Any]) -> dict[str, float]:
     """The metrics that DVC shows and compares. Short names and values: `dvc exp show` has room for nine beside each
     other in 120 columns.
 
-    ppl and base: perplexity of the tuned and the base model; ratio, lo, hi: the first over the second, with its 95 %
-    interval; acc: the tuned model's token accuracy; stops: share of its answers that end by themselves.
+    ppl: the tuned model's perplexity; ratio, lo, hi: over the base's, with its 95 % interval; stops, base_stops: share
+    of the tuned and the base model's answers that end by themselves; len: median tokens of the tuned model's answers.
     """
-    difference = evaluation["difference"]
+    difference, answers = evaluation["difference"], evaluation["answers"]
     return {
         "ppl": evaluation["tuned"]["perplexity"],
-        "base": evaluation["base"]["perplexity"],
         "ratio": round(difference["perplexity_ratio"], 4),
         "lo": round(difference["perplexity_ratio_ci95_low"], 4),
         "hi": round(difference["perplexity_ratio_ci95_high"], 4),
-        "acc": round(evaluation["tuned"]["token_accuracy"], 3),
-        "stops": round(evaluation["stop_rate"]["tuned"], 3),
+        "stops": round(answers["tuned"]["ended"], 3),
+        "base_stops": round(answers["base"]["ended"], 3),
+        "len": answers["tuned"]["median_tokens"],
     }
 
 
@@ -118,11 +120,6 @@ def prompts_of(params: EvaluateParams, rows: pd.DataFrame, tokenizer: PreTrained
     chat = Chat.of(tokenizer)
     samples = [chat.ids([*system, {"role": "user", "content": prompt}]) for prompt in params.sample_prompts]
     return samples + [question_of(row) for row in rows.head(params.stop_prompts).itertuples()]
-
-
-def ended(answer: list[int], ends: list[int]) -> bool:
-    """Whether an answer (token ids) ended by itself, at one of the end tokens."""
-    return bool(answer) and answer[-1] in ends
 
 
 def sample_records(
@@ -169,7 +166,8 @@ def conversation_losses(rows: pd.DataFrame, scores: dict[str, pd.DataFrame]) -> 
 
 def main() -> None:
     params = load_params(EvaluateParams)
-    rows = read_parquet(TOKENIZED / "validation.parquet", COLUMNS)
+    held_out = read_parquet(TOKENIZED / "validation.parquet", COLUMNS)
+    rows = judging(held_out)
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
     prompts = prompts_of(params, rows, tokenizer)
 
@@ -182,13 +180,19 @@ def main() -> None:
         with tqdm(total=len(rows), desc="scoring held-out answers", unit="conv") as bar:
             scores[name] = score(model, rows, batch_size, tokenizer.pad_token_id, bar.update)
         print(f"evaluate: answering {len(prompts)} prompts, at most {params.max_new_tokens} tokens each", flush=True)
-        answers[name] = greedy_answers(model, tokenizer, prompts, params.max_new_tokens, batch_size)
+        answers[name] = greedy_answers(model, tokenizer, prompts, params.max_new_tokens)
         del model
 
     evaluation = compare(scores, rows["lang"], params.bootstrap_samples, params.seed)
-    ends = end_ids(tokenizer)
-    rates = {n: round(sum(ended(ids, ends) for ids in a) / len(prompts), 4) for n, a in answers.items()}
-    evaluation["stop_rate"] = {"prompts": len(prompts), "max_new_tokens": params.max_new_tokens, **rates}
+    evaluation["held_out"]["of"] = len(held_out)
+    ends, count = end_ids(tokenizer), len(params.sample_prompts)
+    references = [reference_of(row, params.max_new_tokens) for row in rows.head(params.stop_prompts).itertuples()]
+    evaluation["answers"] = {
+        "prompts": len(references),
+        "max_new_tokens": params.max_new_tokens,
+        "references": answer_figures(references, ends),
+        **{name: answer_figures(of_model[count:], ends) for name, of_model in answers.items()},
+    }
     samples = sample_records(params.sample_prompts, answers, tokenizer)
     with write_whole(CONVERSATIONS) as table, write_whole(EVALUATION) as figures, write_whole(METRICS) as metrics:
         conversation_losses(rows, scores).to_csv(table, index=False)

@@ -23,11 +23,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stages.common import memory
+from stages.common.answers import answer_figures
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
 from stages.common.chat import Chat, check_same_ids, end_ids, rendered_by
 from stages.common.errors import StageError, is_disk_full
 from stages.common.exported import Exported
 from stages.common.generation import greedy_answers
+from stages.common.halves import judging
 from stages.common.machine import Machine, this_machine
 from stages.common.masks import question_of, supervised_tokens
 from stages.common.model_files import check_weights, load_config, load_tokenizer
@@ -39,7 +41,7 @@ from stages.common.scoring import accuracy_of, perplexity_of, score
 
 SOURCES = {"tuned": Path("models/merged"), "base": Path("models/base")}
 TOKENIZED = Path("data/tokenized")
-COLUMNS = ("input_ids", "assistant_masks", "length")  # what is read of a tokenised conversation
+COLUMNS = ("input_ids", "assistant_masks", "length", "message_tree_id")  # what is read of a tokenised conversation
 TRAINING = Path("models/adapter/training.json")
 DATA_SOURCE = Path("data/raw/source.json")
 ONNX = Path("models/onnx")
@@ -194,7 +196,7 @@ def headline(tuned: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     params = load_params(ExportParams)
-    rows = read_parquet(TOKENIZED / "validation.parquet", COLUMNS)
+    rows = judging(read_parquet(TOKENIZED / "validation.parquet", COLUMNS))
     tokenizer = load_tokenizer(SOURCES["tuned"])
     names = ["tuned", "base"] if params.export_base else ["tuned"]
     for name in names:
@@ -210,6 +212,9 @@ def main() -> None:
             report[name] = measure(SOURCES[name], folder, tokenizer, rows)
             if name == "tuned":
                 check_loss(report[name]["perplexity_increase"], params.export_max_perplexity_increase)
+                asked = [question_of(row) for row in rows.head(params.stop_prompts).itertuples()]
+                answers = Exported(folder).answers(asked, params.max_new_tokens)
+                report[name]["answers"] = answer_figures(answers, end_ids(tokenizer))
             write_json(folder / "card.json", card(name, params, report[name], rows))
         tuned = report["tuned"]
         write_json(figures, report)

@@ -2,15 +2,17 @@
 
 Reads data/tokenized/ and models/base/.
 Writes models/adapter/ (LoRA weights, tokenizer, training.json with the run's parameters and counts) and
-reports/loss/{train,validation}.csv (the loss curves, in nats a supervised token). Checkpoints are kept in
-models/checkpoints/ until the adapter is written: a killed or stopped run resumes from the last one.
+reports/loss/{train,validation}.csv (the loss curves, in nats a supervised token, also while it runs). Checkpoints are
+kept in models/checkpoints/ until the adapter is written: a killed or stopped run resumes from the last one.
 Run: `dvc repro train`
 """
 
 import hashlib
+import importlib.util
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +21,9 @@ from stages.common import memory
 from stages.common.adapters import add_adapter, lora_config
 from stages.common.artifacts import digest_files, read_json, read_parquet, write_json, write_whole
 from stages.common.checkpoints import remove_abandoned
+from stages.common.curves import LiveCurves, loss_curves, write_curves
 from stages.common.errors import StageError
+from stages.common.halves import choosing
 from stages.common.machine import Machine, check_machine, this_machine
 from stages.common.masks import supervised_tokens
 from stages.common.model_files import check_targets, load_config, load_tokenizer
@@ -27,7 +31,7 @@ from stages.common.models import load_model, quantization_config, torch_dtype, t
 from stages.common.params import load_params
 from stages.common.pipeline import code_of
 from stages.common.schema import TrainParams
-from stages.common.trainer import build_trainer, loss_curves, train_to_the_end, training_arguments
+from stages.common.trainer import Trainer, build_trainer, train_to_the_end
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -35,7 +39,7 @@ ADAPTER = Path("models/adapter")
 LOSS = Path("reports/loss")
 CHECKPOINTS = Path("models/checkpoints")
 LOCK = Path("requirements.lock")
-COLUMNS = ("input_ids", "assistant_masks", "length")  # what is read of a tokenised conversation
+COLUMNS = ("input_ids", "assistant_masks", "length", "message_tree_id")  # what is read of a tokenised conversation
 
 
 def check_memory(base: Path, params: TrainParams, machine: Machine | None = None) -> None:
@@ -70,6 +74,15 @@ def check_logits(model: PeftModel, ids: list[int], dtype: torch.dtype) -> None:
         )
 
 
+def check_tracker(name: str) -> None:
+    """Raise StageError when the tracker's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise StageError(
+            f"report_to: {name}: its package is not installed. Run .venv/bin/python -m pip install {name}, or set "
+            "report_to: none."
+        )
+
+
 def fingerprint(params: TrainParams) -> str:
     """A name made from all inputs of a run: only a run with the same name resumes from its checkpoints."""
     files = digest_files([TOKENIZED, BASE, *code_of("train"), *([LOCK] if LOCK.exists() else [])])
@@ -88,12 +101,25 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder)
 
 
+def kept_step(trainer: Trainer) -> int:
+    """The step whose adapter is kept: the best one with load_best_model_at_end, otherwise the last."""
+    best = trainer.state.best_global_step
+    return int(best) if trainer.args.load_best_model_at_end and best else int(trainer.state.global_step)
+
+
+def held_out_loss(curve: pd.DataFrame, step: int) -> float:
+    """The held-out loss (nats a token) at `step`, or the last one before it."""
+    return float(curve[curve["step"] <= step]["loss"].iloc[-1])
+
+
 def main() -> None:
     params = load_params(TrainParams)
     check_machine(params.fp16, params.bf16, params.attn_implementation)
     check_targets(load_config(BASE), params.target_modules)
+    check_tracker(params.report_to)
     check_memory(BASE, params)
-    train, validation = (read_parquet(TOKENIZED / f"{split}.parquet", COLUMNS) for split in ("train", "validation"))
+    train, held_out = (read_parquet(TOKENIZED / f"{split}.parquet", COLUMNS) for split in ("train", "validation"))
+    validation = choosing(held_out)
     tokenizer = load_tokenizer(TOKENIZED / "tokenizer")
     prepared = read_json(TOKENIZED / "params.json", ["chat_template", "system_prompt"])
 
@@ -103,7 +129,8 @@ def main() -> None:
     model = load_model(BASE, dtype, quantization=quantization, attn_implementation=params.attn_implementation)
     model = add_adapter(model, params)
     checkpoints = CHECKPOINTS / fingerprint(params)
-    trainer = build_trainer(model, training_arguments(params, checkpoints), train, validation, tokenizer)
+    trainer = build_trainer(model, params, checkpoints, (train, validation), tokenizer)
+    trainer.add_callback(LiveCurves(LOSS))
     check_logits(model, list(train["input_ids"][train["length"].argmax()]), dtype)
     remove_abandoned(CHECKPOINTS, checkpoints.name)
     train_to_the_end(trainer, checkpoints)
@@ -114,17 +141,23 @@ def main() -> None:
         "train_conversations": len(train),
         "train_supervised_tokens": supervised_tokens(train),
         "held_out_conversations": len(validation),
+        "steps": trainer.state.global_step,
+        "adapter_of_step": kept_step(trainer),
+        "steps_skipped": trainer.skipped_steps,
         "held_out_loss_before": curves["validation"]["loss"].iloc[0],
-        "held_out_loss_after": curves["validation"]["loss"].iloc[-1],
+        "held_out_loss_after": held_out_loss(curves["validation"], kept_step(trainer)),
     }
-    with write_whole(LOSS) as curves_folder, write_whole(ADAPTER) as folder:
-        curves_folder.mkdir()
-        for split, curve in curves.items():
-            curve.to_csv(curves_folder / f"{split}.csv", index=False)
+    with write_whole(ADAPTER) as folder:
+        write_curves(trainer.state.log_history, LOSS)
         save_adapter(trainer.model, tokenizer, folder)
         write_json(folder / "training.json", record)
     shutil.rmtree(checkpoints, ignore_errors=True)
     if CHECKPOINTS.is_dir() and not list(CHECKPOINTS.iterdir()):
         CHECKPOINTS.rmdir()
     before, after = record["held_out_loss_before"], record["held_out_loss_after"]
-    print(f"train: held-out loss {before:.3f} -> {after:.3f} nats a token, in {params.max_steps} steps")
+    print(
+        f"train: held-out loss {before:.3f} -> {after:.3f} nats a token, in {record['steps']} steps; "
+        f"the adapter is that of step {record['adapter_of_step']}"
+    )
+    if trainer.skipped_steps:
+        print(f"warning: train: {trainer.skipped_steps} steps overflowed in float16 and were skipped. Try bf16: true.")

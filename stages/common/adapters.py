@@ -23,6 +23,9 @@ def lora_config(params: TrainParams) -> LoraConfig:
         lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=params.target_modules,
+        use_rslora=params.use_rslora,
+        use_dora=params.use_dora,
+        init_lora_weights=params.init_lora_weights,
         bias="none",
         task_type="CAUSAL_LM",
     )

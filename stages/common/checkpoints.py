@@ -58,10 +58,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def remove_older(folder: Path, keep: int) -> None:
-    """Keep the newest few checkpoints in `folder`. Call it only after the newest is sealed."""
+def remove_older(folder: Path, keep: int, best: Path | None = None) -> None:
+    """Keep the newest few checkpoints in `folder`, and `best`. Call it only after the newest is sealed."""
     for path in newest_first(folder)[keep:]:
-        shutil.rmtree(path)
+        if best is None or path.name != best.name:
+            shutil.rmtree(path)
 
 
 def remove_abandoned(folder: Path, current: str) -> None:

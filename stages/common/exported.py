@@ -37,6 +37,19 @@ class Exported:
             results.append((float(nll.sum()), len(positions), int((logits.argmax(axis=1) == ids[positions]).sum())))
         return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
 
+    def answers(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """As generation.greedy_answers: the token ids of the greedy answer to each prompt, with its end token."""
+        found = []
+        for prompt in tqdm(prompts, desc="answering, exported", unit="answer"):
+            settings = og.GeneratorParams(self._model)
+            settings.set_search_options(max_length=len(prompt) + max_new_tokens, batch_size=1, do_sample=False)
+            generator = og.Generator(self._model, settings)
+            generator.append_tokens(np.array(prompt, dtype=np.int32))
+            while not generator.is_done():
+                generator.generate_next_token()
+            found.append([int(token) for token in generator.get_sequence(0)[len(prompt) :]])
+        return found
+
     def agreement(self, prompts: list[list[int]], answers: list[list[int]]) -> float:
         """The share of the answers' tokens that are this model's first choice, too, after the tokens before them."""
         same = total = 0

@@ -20,6 +20,7 @@ from stages.common.sources import FileSource, as_list, parse_source, parse_sourc
 
 PARAMS = Path("params.yaml")
 TEMPLATES = Path("stages/templates")
+CHANGE_THE_BASE = ("pissa", "olora")  # starts of LoRA that take a part of the base weights into the adapter
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -56,8 +57,38 @@ def _template(values: dict[str, Any]) -> str | None:
 
 
 def _steps(values: dict[str, Any], key: str, why: str) -> str | None:
-    if values[key] > values["max_steps"]:
+    if values["max_steps"] is not None and values[key] > values["max_steps"]:
         return f"{key}: {values[key]}: must be at most max_steps, {values['max_steps']}, or {why}"
+    return None
+
+
+def _length(values: dict[str, Any]) -> str | None:
+    if (values["max_steps"] is None) == (values["num_train_epochs"] is None):
+        return "max_steps, num_train_epochs: one of them is a number, and the other null"
+    return None
+
+
+def _best(values: dict[str, Any]) -> str | None:
+    if values["load_best_model_at_end"] and values["save_steps"] % values["eval_steps"]:
+        return (
+            f"load_best_model_at_end: save_steps, {values['save_steps']}, must be a multiple of eval_steps, "
+            f"{values['eval_steps']}, or the best adapter may not be saved"
+        )
+    return None
+
+
+def _patience(values: dict[str, Any]) -> str | None:
+    if values["early_stopping_patience"] is not None and not values["load_best_model_at_end"]:
+        return "early_stopping_patience: needs load_best_model_at_end: true; the last adapter is not the best"
+    return None
+
+
+def _start(values: dict[str, Any]) -> str | None:
+    if values["init_lora_weights"] in CHANGE_THE_BASE:
+        return (
+            f"init_lora_weights: {values['init_lora_weights']!r}: takes a part of the base weights into the adapter, "
+            "which fits neither 4 bits nor a merge into the base as it was fetched; use true, gaussian or orthogonal"
+        )
     return None
 
 
@@ -86,6 +117,10 @@ RULES: list[Rule] = [
     (("fp16", "bf16"), _precision),
     (("min_turns", "max_turns"), _turns),
     (("chat_template",), _template),
+    (("max_steps", "num_train_epochs"), _length),
+    (("load_best_model_at_end", "save_steps", "eval_steps"), _best),
+    (("early_stopping_patience", "load_best_model_at_end"), _patience),
+    (("init_lora_weights",), _start),
     (("logging_steps", "max_steps"), lambda values: _steps(values, "logging_steps", "the loss curve would be empty")),
     (("save_steps", "max_steps"), lambda values: _steps(values, "save_steps", "nothing would be saved")),
     (("merge_base", "load_in_4bit"), _merge_base),

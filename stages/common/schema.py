@@ -15,10 +15,16 @@ Layer = Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1"
 Optimiser = Literal[
     "paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"
 ]
+LoraInit = Literal["gaussian", "orthogonal", "pissa", "olora"]
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
 SystemPrompt = Annotated[str, Field(description='System message put before every conversation; "" for none.')]
 EvalBatchSize = Annotated[int, Field(gt=0, description="Conversations in a forward pass of an evaluation.")]
+StopPrompts = Annotated[
+    int,
+    Field(gt=0, description="Held-out questions that are answered: how often answers end, how long they are."),
+]
+MaxNewTokens = Annotated[int, Field(gt=0, description="Tokens after which an answer is cut.")]
 Seed = Annotated[
     int, Field(ge=0, description="Seed of the LoRA matrices, the data order, the dropout and the bootstrap.")
 ]
@@ -122,13 +128,30 @@ class TrainParams(QuantizationParams):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         description="Attention kernel: sdpa, eager or flash_attention_2."
     )
+    dequantize_once: bool = Field(
+        default=True,
+        description="On a CPU, keep the dequantised weights: the same numbers, faster, for 2 or 4 bytes a weight.",
+    )
     lora_r: Positive = Field(description="Rank of the LoRA matrices.")
     lora_alpha: Positive = Field(description="LoRA scale: updates are multiplied by lora_alpha / lora_r.")
     lora_dropout: float = Field(ge=0, lt=1, description="Dropout on the input of the LoRA matrices.")
+    use_rslora: bool = Field(default=False, description="Scale by lora_alpha / sqrt(lora_r) instead.")
+    use_dora: bool = Field(default=False, description="Train the size of each weight column, too (DoRA): slower.")
+    init_lora_weights: bool | LoraInit = Field(
+        default=True,
+        description="Start of the LoRA matrices: true (Kaiming), gaussian or orthogonal. Refused: pissa and olora, "
+        "which change the base.",
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Noise on the embeddings while training (NEFTune), about 5; null adds none."
+    )
     target_modules: list[str] = Field(min_length=1, description="Projection layers that get LoRA matrices.")
     per_device_train_batch_size: Positive = Field(description="Conversations in a forward pass.")
     gradient_accumulation_steps: Positive = Field(description="Forward passes in an optimiser step.")
-    max_steps: Positive = Field(description="Optimiser steps.")
+    max_steps: Positive | None = Field(description="Optimiser steps; null where num_train_epochs says how many.")
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Passes over the training conversations, instead of max_steps."
+    )
     optim: Optimiser = Field(description="Optimiser, by its Hugging Face name.")
     learning_rate: float = Field(gt=0, le=1, description="Peak learning rate.")
     lr_scheduler_type: Scheduler = Field(description="Course of the learning rate after the warm-up.")
@@ -145,11 +168,28 @@ class TrainParams(QuantizationParams):
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
         description="Order of conversations: random, sequential or group_by_length, which pads least."
     )
+    padding_free: bool = Field(
+        default=False,
+        description="Lay a batch's conversations in one row, without padding; faster with flash_attention_2 only.",
+    )
     logging_steps: Positive = Field(description="Steps between two points of the loss curve.")
     save_steps: Positive = Field(description="Steps between two checkpoints; a killed run resumes from the last one.")
     save_total_limit: Positive = Field(description="Checkpoints kept while training.")
     eval_steps: Positive = Field(description="Steps between two measurements of the held-out loss.")
     per_device_eval_batch_size: EvalBatchSize
+    load_best_model_at_end: bool = Field(
+        default=False,
+        description="Keep the adapter with the lowest held-out loss of the curve, not the last; save_steps must be a "
+        "multiple of eval_steps.",
+    )
+    early_stopping_patience: Positive | None = Field(
+        default=None,
+        description="Stop after so many measurements without a lower held-out loss; null never. Needs "
+        "load_best_model_at_end.",
+    )
+    report_to: Literal["none", "tensorboard", "mlflow", "wandb", "trackio"] = Field(
+        default="none", description="A tracker that follows the training, too; install its package."
+    )
     seed: Seed
 
 
@@ -170,14 +210,13 @@ class EvaluateParams(Section):
     eval_dtype: Dtype = Field(description="Number format in which base and tuned model are compared.")
     bootstrap_samples: int = Field(ge=100, description="Resamples behind the 95 % interval.")
     sample_prompts: list[str] = Field(min_length=1, description="Prompts of the sample answers, base beside tuned.")
-    stop_prompts: int = Field(
-        ge=0,
-        description="Held-out prompts that are answered, too, to measure how often answers end.",
-    )
-    max_new_tokens: Positive = Field(description="Tokens after which an answer is cut.")
+    stop_prompts: StopPrompts
+    max_new_tokens: MaxNewTokens
 
 
 class ExportParams(Section):
+    stop_prompts: StopPrompts
+    max_new_tokens: MaxNewTokens
     export_precision: Literal["int4", "int8", "fp16", "fp32"] = Field(
         description="Number format of the exported weights: int4, int8, fp16 or fp32."
     )

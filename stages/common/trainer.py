@@ -1,4 +1,5 @@
-"""TRL's SFTTrainer over tokenised conversations: its arguments, a sealed checkpoint at each save, one held-out loss."""
+"""TRL's SFTTrainer over tokenised conversations: its arguments, a sealed checkpoint at each save, one held-out loss,
+and a loss that is computed faster on a CPU."""
 
 import shutil
 from pathlib import Path
@@ -9,12 +10,21 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+)
 from trl import SFTConfig, SFTTrainer
 
 from stages.common.checkpoints import RestoreLossSum, StopWhenAsked, last_checkpoint, remove_older, seal
 from stages.common.errors import DISK_FULL, StageError, is_disk_full
-from stages.common.masks import labels_of
+from stages.common.fused import fuse_lora, has_plain_head, supervised_nll
+from stages.common.masks import UNSUPERVISED, labels_of
+from stages.common.models import torch_dtype, training_dtype
 from stages.common.schema import TrainParams
 from stages.common.scoring import loss_of, score
 
@@ -25,7 +35,8 @@ def training_arguments(params: TrainParams, output_dir: Path) -> SFTConfig:
         per_device_train_batch_size=params.per_device_train_batch_size,
         per_device_eval_batch_size=params.per_device_eval_batch_size,
         gradient_accumulation_steps=params.gradient_accumulation_steps,
-        max_steps=params.max_steps,
+        max_steps=params.max_steps or -1,  # -1: as many as num_train_epochs takes
+        num_train_epochs=params.num_train_epochs or 1.0,
         optim=params.optim,
         learning_rate=params.learning_rate,
         lr_scheduler_type=params.lr_scheduler_type,
@@ -36,28 +47,37 @@ def training_arguments(params: TrainParams, output_dir: Path) -> SFTConfig:
         bf16=params.bf16,
         gradient_checkpointing=params.gradient_checkpointing,
         train_sampling_strategy=params.train_sampling_strategy,
+        padding_free=params.padding_free,
         logging_steps=params.logging_steps,
         save_steps=params.save_steps,
         save_total_limit=params.save_total_limit,
         eval_strategy="steps",
         eval_steps=params.eval_steps,
         eval_on_start=True,
+        load_best_model_at_end=params.load_best_model_at_end,
+        metric_for_best_model="eval_loss" if params.load_best_model_at_end else None,
+        greater_is_better=False if params.load_best_model_at_end else None,
+        neftune_noise_alpha=params.neftune_noise_alpha,
         seed=params.seed,
         use_cpu=not torch.cuda.is_available(),
         # The tokenize stage has already cut the conversations and made the masks.
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
+        report_to=[] if params.report_to == "none" else [params.report_to],
     )
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer that seals its checkpoints, and whose held-out loss is that of `scoring.score` on `held_out`."""
+    """SFTTrainer that seals its checkpoints, stops at a loss that is not finite, and whose held-out loss is that of
+    `scoring.score` on `held_out`. On a CPU it computes logits of supervised tokens alone, in `dtype`."""
 
-    def __init__(self, *args: Any, held_out: pd.DataFrame, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, held_out: pd.DataFrame, dtype: torch.dtype, **kwargs: Any) -> None:
         self.held_out = held_out
+        self.dtype = dtype
+        self.skipped_steps = 0  # of the optimiser: float16's gradient scaler leaves out those that overflow
         super().__init__(*args, **kwargs)
+        self.is_fast = self.args.use_cpu and has_plain_head(self.model.config)
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Write none: merge writes the model's card."""
@@ -76,7 +96,28 @@ class Trainer(SFTTrainer):
             raise
         finally:
             self.args.save_total_limit = keep
-        remove_older(folder.parent, keep)
+        best = self.state.best_model_checkpoint
+        remove_older(folder.parent, keep, Path(best) if best else None)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        if not self.is_fast:
+            return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+        # Trainer counts the supervised tokens of all micro-batches of a step.
+        with self.accelerator.autocast():
+            nll = supervised_nll(model, inputs, self.dtype)
+        return nll / ((inputs["labels"] != UNSUPERVISED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise not_finite("loss", self.state.global_step + 1, self.args)
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+            raise not_finite("gradient", self.state.global_step + 1, self.args)
+        return norm
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         # An evaluation must not change the training after it, so the random state is restored.
@@ -107,22 +148,47 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix(self.shown)
 
 
+def not_finite(what: str, step: int, args: SFTConfig) -> StageError:
+    """The error of a training that has diverged. Its last checkpoint stays."""
+    instead = "bf16: true and fp16: false, or " if args.fp16 else ""
+    return StageError(
+        f"the {what} of step {step} is not finite; the last checkpoint before it is kept. Set {instead}a lower "
+        f"learning_rate (now {args.learning_rate:g}) or max_grad_norm, and run `dvc repro`."
+    )
+
+
+class CountSkippedSteps(TrainerCallback):
+    """Count the steps that float16's gradient scaler left out."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.trainer.skipped_steps += bool(self.trainer.accelerator.optimizer_step_was_skipped)
+
+
 def build_trainer(
     model: PeftModel,
-    args: SFTConfig,
-    train: pd.DataFrame,
-    validation: pd.DataFrame,
+    params: TrainParams,
+    output_dir: Path,
+    tables: tuple[pd.DataFrame, pd.DataFrame],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Trainer:
-    """The trainer of a model with its adapter over tokenised conversations, with TRL's collator."""
+    """The trainer of a model with its adapter over `tables` of tokenised conversations (train, held out), with TRL's
+    collator."""
+    train, validation = tables
+    dtype = torch_dtype(training_dtype(params.fp16, params.bf16))
     trainer = Trainer(
         model=model,
-        args=args,
+        args=training_arguments(params, output_dir),
         train_dataset=to_dataset(train),
         eval_dataset=to_dataset(validation),
         processing_class=tokenizer,
         held_out=validation,
+        dtype=dtype,
     )
+    if trainer.args.use_cpu:
+        fuse_lora(trainer.model, dtype, params.dequantize_once)
     # SFTTrainer casts the adapter of a 4-bit model to bfloat16. Under float16 its scaler would then fail, and small
     # late updates would be rounded away: the trained weights stay float32 in every precision.
     for parameter in trainer.model.parameters():
@@ -131,6 +197,9 @@ def build_trainer(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
+    trainer.add_callback(CountSkippedSteps(trainer))
+    if params.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(params.early_stopping_patience))
     return trainer
 
 
@@ -141,22 +210,23 @@ def to_dataset(rows: pd.DataFrame) -> Dataset:
     return Dataset.from_dict({"input_ids": list(rows["input_ids"]), "labels": labels, "length": list(rows["length"])})
 
 
-def loss_curves(log_history: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
-    """The trainer's log as a table a split: step, loss (nats a supervised token) and, in train, learning rate."""
-    train = [(e["step"], round(e["loss"], 6), e["learning_rate"]) for e in log_history if "loss" in e]
-    held_out = [(e["step"], round(e["eval_loss"], 6)) for e in log_history if "eval_loss" in e]
-    return {
-        "train": pd.DataFrame(train, columns=["step", "loss", "learning_rate"]),
-        "validation": pd.DataFrame(held_out, columns=["step", "loss"]),
-    }
+def restore_patience(trainer: Trainer, state: TrainerState) -> bool:
+    """Give early stopping the count that a checkpoint recorded; returns whether it had asked for the end."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            recorded: Any = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+            callback.early_stopping_patience_counter = recorded["attributes"]["early_stopping_patience_counter"]
+            return callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    return False
 
 
 def resume(trainer: Trainer, checkpoint: Path) -> None:
-    """Continue the training from a checkpoint; if it had reached the end, only load its weights."""
+    """Continue the training from a checkpoint; if it had reached the end, only load the weights that are kept."""
     try:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= trainer.args.max_steps:
-            trainer._load_from_checkpoint(str(checkpoint))
+        patience_over = restore_patience(trainer, state)
+        if state.global_step >= state.max_steps or patience_over:
+            trainer._load_from_checkpoint(state.best_model_checkpoint or str(checkpoint))
             trainer.state = state
             return
         trainer.args.eval_on_start = False  # the checkpoint's log has that evaluation
@@ -181,7 +251,7 @@ def train_to_the_end(trainer: Trainer, checkpoints: Path) -> None:
         else:
             print(f"train: resuming from {last}", flush=True)
             resume(trainer, last)
-    done, wanted = trainer.state.global_step, trainer.args.max_steps
+    done, wanted = trainer.state.global_step, trainer.state.max_steps
     if stop.asked and done < wanted:
         raise StageError(
             f"stopped by {stop.asked} after step {done} of {wanted}, which is saved. `dvc repro` resumes from there."

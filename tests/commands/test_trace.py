@@ -11,7 +11,7 @@ from commands.trace import LiveBytes, checkpoint_activations, scoring_bytes, ste
 from stages.common import memory
 from stages.common.adapters import add_adapter, lora_config
 from stages.common.model_files import linear_layers
-from stages.common.trainer import build_trainer, training_arguments
+from stages.common.trainer import build_trainer
 from tests.support.params import TINY_TRAINING, train_params
 from tests.support.plans import recorded_config
 
@@ -57,9 +57,9 @@ def test_a_traced_step_holds_what_a_real_one_does(model, checkpointed, mixed, re
         for layer in linear_layers(network).values():
             layer.to(torch.bfloat16)
     rows = pd.DataFrame({"input_ids": [[5] * 40] * 2, "assistant_masks": [[1] * 40] * 2, "length": [40, 40]})
-    args, tokenizer = training_arguments(params, tmp_path), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token_id = 1
-    trainer = build_trainer(add_adapter(network, params), args, rows, rows, tokenizer)
+    trainer = build_trainer(add_adapter(network, params), params, tmp_path, (rows, rows), tokenizer)
     wrapped = trainer.accelerator.prepare(trainer.model)
     if checkpointed:
         checkpoint_activations(wrapped)
@@ -114,9 +114,9 @@ def test_less_is_planned_for_less(phi2):
 def test_a_batch_is_timed_with_the_parameters_of_the_run(checkpointed, tiny_llama, monkeypatch):
     seen = []
 
-    def spy(model, ids):
+    def spy(model, ids, dtype, on_gpu):
         seen.append((ids.shape, model.training, model.is_gradient_checkpointing))
-        return training_loss(model, ids)
+        return training_loss(model, ids, dtype, on_gpu)
 
     monkeypatch.setattr(trace, "training_loss", spy)
     seconds = trace.seconds_of_a_batch(

@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 
 from stages.common import checkpoints, trainer
 from stages.common.checkpoints import SEAL, StopWhenAsked, last_checkpoint, remove_abandoned, seal
+from stages.common.curves import loss_curves
 from stages.common.errors import StageError
-from stages.common.trainer import loss_curves, train_to_the_end
+from stages.common.trainer import train_to_the_end
 from tests.support.params import TINY_TRAINING, train_params
 from tests.support.training import tiny_trainer, tokens
 

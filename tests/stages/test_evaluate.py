@@ -84,15 +84,17 @@ def test_each_conversation_has_both_losses():
 def test_the_metrics_are_seven_numbers():
     base, tuned = scores([10.0, 2.0], [4, 2], [1, 2]), scores([7.0, 2.0], [4, 2], [2, 2])
     evaluation = compare({"base": base, "tuned": tuned}, pd.Series(["en", "en"]), 1000, 0)
-    evaluation["stop_rate"] = {"prompts": 2, "max_new_tokens": 8, "base": 0.0, "tuned": 0.5}
+    evaluation["answers"] = {
+        name: {"ended": rate, "median_tokens": 7.5} for name, rate in (("base", 0), ("tuned", 0.5))
+    }
     assert headline(evaluation) == {
         "ppl": round(np.exp(1.5), 4),
-        "base": round(np.exp(2.0), 4),
         "ratio": round(np.exp(-0.5), 4),
         "lo": round(np.exp(-0.75), 4),
         "hi": 1.0,
-        "acc": 0.667,
         "stops": 0.5,
+        "base_stops": 0,
+        "len": 7.5,
     }
 
 
@@ -103,8 +105,8 @@ def test_prompts_are_the_samples_and_then_held_out_questions(tiny_llama):
     system = "<|im_start|>system\nBe kind.<|im_end|>\n"
     question = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert texts == [system + question.format("Why?"), *(question.format(f"What is {i} + 1?") for i in (0, 1))]
-    without = section(EvaluateParams, sample_prompts=["Why?"], stop_prompts=0, system_prompt="")
-    assert [tokenizer.decode(ids) for ids in prompts_of(without, rows, tokenizer)] == [question.format("Why?")]
+    without = section(EvaluateParams, sample_prompts=["Why?"], stop_prompts=1, system_prompt="")
+    assert [tokenizer.decode(ids) for ids in prompts_of(without, rows.head(0), tokenizer)] == [question.format("Why?")]
 
 
 def sample(prompt: str, base: str, tuned: str, ended: bool = True) -> dict:

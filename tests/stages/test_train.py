@@ -7,6 +7,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from stages.common.adapters import add_adapter, lora_config
+from stages.common.curves import loss_curves
 from stages.common.errors import StageError
 from stages.common.generation import greedy_answers
 from stages.common.machine import check_machine
@@ -14,7 +15,7 @@ from stages.common.masks import question_of
 from stages.common.model_files import check_targets, load_config
 from stages.common.models import load_model, quantization_config, torch_dtype, training_dtype
 from stages.common.pipeline import code_of
-from stages.common.trainer import build_trainer, loss_curves, training_arguments
+from stages.common.trainer import build_trainer, training_arguments
 from stages.train import check_logits, fingerprint
 from tests.support.params import TINY_TRAINING, train_params
 from tests.support.training import load_tiny, tiny_trainer, tokens
@@ -29,6 +30,7 @@ def test_every_parameter_reaches_its_library(recipe, tmp_path):
     assert args.warmup_steps == values.pop("warmup_ratio")
     assert args.lr_scheduler_type.value == values.pop("lr_scheduler_type")
     assert args.optim.value == values.pop("optim")
+    assert values.pop("num_train_epochs") is None and values.pop("report_to") == "none" and args.report_to == []
     for key in list(values):
         if hasattr(args, key):
             assert getattr(args, key) == values.pop(key), key
@@ -36,7 +38,7 @@ def test_every_parameter_reaches_its_library(recipe, tmp_path):
 
     lora = lora_config(params)
     assert lora.target_modules == set(values.pop("target_modules"))
-    for key in ("lora_alpha", "lora_dropout"):
+    for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"):
         assert getattr(lora, key) == values.pop(key)
     assert lora.r == values.pop("lora_r")
     assert lora.bias == "none" and lora.task_type == "CAUSAL_LM"
@@ -48,7 +50,8 @@ def test_every_parameter_reaches_its_library(recipe, tmp_path):
         assert getattr(config, key) == values.pop(key)
     assert config.bnb_4bit_compute_dtype == dtype
 
-    assert list(values) == ["attn_implementation"]  # goes to from_pretrained: see the next test
+    # from_pretrained, fuse_lora and early stopping take these: see the tests of each
+    assert list(values) == ["attn_implementation", "dequantize_once", "early_stopping_patience"]
 
 
 def test_other_values_reach_their_library_too():
@@ -68,12 +71,10 @@ def test_attention_implementation_reaches_the_model(implementation, tiny_llama):
 
 def train_tiny(folder, params, tmp_path, template, evaluate=True):
     rows, tokenizer = tokens(folder, template)
-    args = training_arguments(params, tmp_path / f"out-{evaluate}")
+    tables = (rows.head(9), rows.tail(3).reset_index(drop=True))
+    trainer = build_trainer(load_tiny(folder, params), params, tmp_path / f"out-{evaluate}", tables, tokenizer)
     if not evaluate:
-        args.eval_strategy, args.eval_on_start = "no", False
-    trainer = build_trainer(
-        load_tiny(folder, params), args, rows.head(9), rows.tail(3).reset_index(drop=True), tokenizer
-    )
+        trainer.args.eval_strategy, trainer.args.eval_on_start = "no", False
     trainer.train()
     return trainer
 
@@ -95,7 +96,7 @@ def test_the_adapter_is_float32_whatever_the_models_precision(dtype, load_in_4bi
     params = phi_params.model_copy(update={"load_in_4bit": load_in_4bit, "bf16": dtype == torch.bfloat16})
     model = add_adapter(load_model(tiny_phi, dtype, quantization=quantization_config(params, dtype)), params)
     rows, tokenizer = tokens(tiny_phi, "phi2")
-    trainer = build_trainer(model, training_arguments(params, tmp_path), rows, rows, tokenizer)
+    trainer = build_trainer(model, params, tmp_path, (rows, rows), tokenizer)
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert trained and {parameter.dtype for parameter in trained} == {torch.float32}
     layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages.common.adapters import add_adapter
 from stages.common.models import load_model, quantization_config
 from stages.common.schema import TrainParams
-from stages.common.trainer import Trainer, build_trainer, training_arguments
+from stages.common.trainer import Trainer, build_trainer
 from stages.tokenize import load_template, set_special_tokens, tokenize
 
 
@@ -49,5 +49,5 @@ def tiny_trainer(
     held_out: pd.DataFrame | None = None,
 ) -> Trainer:
     """The trainer of a tiny model over `rows`, with its checkpoints in `folder`; it is measured on `held_out`."""
-    args = training_arguments(params, folder)
-    return build_trainer(load_tiny(base, params), args, rows, rows if held_out is None else held_out, tokenizer)
+    tables = (rows, rows if held_out is None else held_out)
+    return build_trainer(load_tiny(base, params), params, folder, tables, tokenizer)
