@@ -70,7 +70,7 @@ def largest_gap(recorded: Path, found: Path) -> float:
     gaps = []
     if (recorded / METRICS).is_file() and (found / METRICS).is_file():
         ours, theirs = (json.loads((folder / METRICS).read_text(encoding="utf-8")) for folder in (recorded, found))
-        gaps += [abs(math.log(ours[name] / theirs[name])) for name in ("base", "ppl")]  # the logarithm is the loss
+        gaps += [abs(math.log(ours[name] / theirs[name])) for name in ("ratio", "ppl")]  # the logarithm is the loss
     for split in ("train", "validation"):
         if (recorded / LOSS / f"{split}.csv").is_file() and (found / LOSS / f"{split}.csv").is_file():
             a, b = (pd.read_csv(folder / LOSS / f"{split}.csv") for folder in (recorded, found))

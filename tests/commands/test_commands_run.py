@@ -17,6 +17,7 @@ QUICK = """
 make help
 make docs
 make recipe NAME=phi2-oasst1
+make recipe NAME=phi2-oasst1-best
 make recipe NAME=smollm2-cpu
 make clean
 make space

@@ -146,6 +146,8 @@ def others(key: str, now: Any) -> list[Any]:
     (single,) = [values[key] for values in OTHER_VALUES.values() if key in values]
     if isinstance(now, bool):
         single = not now
+    if key == "threads":
+        single = {"best": "all", "all": "best"}[now]
     assert single != now, key
     return [single, *([LISTS[key]] if key in LISTS else []), *([[]] if docs.may_be_empty(key) and now else [])]
 

@@ -28,7 +28,7 @@ def made(folder, *, data="d", weights="w", loss=2.0, steps=(1, 2), tuned=None):
     for split in ("train", "validation"):
         curve = pd.DataFrame({"step": steps, "loss": [loss + 1, loss]})
         curve.to_csv(folder / f"reports/loss/{split}.csv", index=False)
-    figures = {"base": math.exp(3.0), "ppl": math.exp(loss if tuned is None else tuned)}
+    figures = {"ratio": 0.5, "ppl": math.exp(loss if tuned is None else tuned)}
     (folder / "reports/metrics.json").write_text(json.dumps(figures))
 
     def digest(text: str) -> str:
