@@ -244,11 +244,18 @@ def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, li
     return tokenizer, chat, ends
 
 
+def print_notes(chat: Chat) -> None:
+    """Print what a user should know of the template; on stderr where a prompt differs from what is trained on."""
+    for note in chat.notes():
+        print(f"tokenize: {note}", flush=True)
+    for warning in chat.warnings():
+        print(f"warning: tokenize: {warning}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     params = load_params(TokenizeParams)
     tokenizer, chat, ends = load_chat(params)
-    for note in chat.notes():
-        print(f"tokenize: {note}")
+    print_notes(chat)
 
     prepared = read_json(PREPARED / "params.json", ["system_prompt"])
     counts: dict[str, Any] = {}
