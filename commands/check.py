@@ -133,7 +133,7 @@ def in_colour() -> bool:
 
 
 def marked(text: str) -> str:
-    """A text that is trained on, told from others."""
+    """A text that is trained on, in green or between marks."""
     return f"{GREEN}{text}{PLAIN}" if in_colour() else f"{MARKS[0]}{text}{MARKS[1]}"
 
 
