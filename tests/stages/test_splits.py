@@ -86,8 +86,8 @@ def test_two_questions_with_many_answers_are_parted():
         (
             [*plain("ab", lang="de"), *plain("cd", deleted=True)],
             {"languages": ["en"]},
-            r"of 4 trees, 0 passed all steps. Most of 8 messages were dropped: 4 as `deleted` and 4 in de as `language`. "
-            "docs/data.md explains `deleted`. Change languages in params.yaml.$",
+            r"of 4 trees, 0 passed all steps. Most of 8 messages were dropped: 4 as `deleted` and 4 in de as "
+            "`language`. docs/data.md explains `deleted`. Change languages in params.yaml.$",
         ),
     ],
 )
