@@ -69,7 +69,7 @@ def why_empty(split: str, selection: Selection) -> str:
     if is_most or (largest and not trees):
         named = largest[:1] if is_most else largest[:2]
         took = " and ".join(taken(name, dropped[name]) for name in named)
-        return f"{said}Most of {read['messages']} messages were dropped: {took}. {' '.join(map(change, named))}"
+        return f"{said}Of {read['messages']} messages, {took}. {' '.join(map(change, named))}"
     held = dropped.get("question_is_held_out", {"conversations": 0})["conversations"]
     if split == "train" and held:
         return (
@@ -82,7 +82,7 @@ def why_empty(split: str, selection: Selection) -> str:
 def taken(reason: str, step: Mapping[str, Any]) -> str:
     """How many messages a step dropped, and in which languages where it filters by language."""
     languages = f" in {', '.join(step['by_language'])}" if reason == "language" else ""
-    return f"{step['messages']}{languages} as `{reason}`"
+    return f"{step['messages']}{languages} were dropped as `{reason}`"
 
 
 def change(reason: str) -> str:

@@ -80,14 +80,18 @@ def test_two_questions_with_many_answers_are_parted():
     "rows, changes, said",
     [
         (plain("a"), {}, r"left for validation: of 1 trees, 1 passed all steps. One must be trained on and another"),
-        (plain("ab"), {"languages": ["de"]}, r"dropped: 4 in en as `language`. Change languages in params.yaml.$"),
+        (
+            plain("ab"),
+            {"languages": ["de"]},
+            r"Of 4 messages, 4 in en were dropped as `language`. Change languages in params.yaml.$",
+        ),
         (plain("ab"), {"min_turns": 2}, r"of 2 trees, 0 passed .* as `below_min_turns`. Change min_turns in"),
-        ([message("a"), message("b")], {}, r"dropped: 2 as `wrong_role`. docs/data.md explains `wrong_role`.$"),
+        ([message("a"), message("b")], {}, r"2 were dropped as `wrong_role`. docs/data.md explains `wrong_role`.$"),
         (
             [*plain("ab", lang="de"), *plain("cd", deleted=True)],
             {"languages": ["en"]},
-            r"of 4 trees, 0 passed all steps. Most of 8 messages were dropped: 4 as `deleted` and 4 in de as "
-            "`language`. docs/data.md explains `deleted`. Change languages in params.yaml.$",
+            r"of 4 trees, 0 passed all steps. Of 8 messages, 4 were dropped as `deleted` and 4 in de were "
+            "dropped as `language`. docs/data.md explains `deleted`. Change languages in params.yaml.$",
         ),
     ],
 )
