@@ -101,7 +101,7 @@ def in_order(splits: dict[str, pd.DataFrame], messages: pd.DataFrame) -> pd.Data
 
 def tokens_of(chat: Chat, decode: Any, conversations: pd.DataFrame, max_length: int, side: str) -> Tokens:
     """Conversations in tokens, as the tokenize stage counts, drops and cuts them. `decode`: token ids to text."""
-    taken, late = take_late_system(chat, conversations)
+    taken, late, _ = take_late_system(chat, conversations)
     dropped, kept = Counter(late_system=len(late)), Counter[str]()
     lengths: list[int] = []
     examples: list[Example] = []
@@ -133,7 +133,7 @@ def in_colour() -> bool:
 
 
 def marked(text: str) -> str:
-    """A text that is trained on, told from others."""
+    """A text that is trained on, in green or between marks."""
     return f"{GREEN}{text}{PLAIN}" if in_colour() else f"{MARKS[0]}{text}{MARKS[1]}"
 
 

@@ -28,6 +28,7 @@ PAGE = Path("docs/parameters.md")
 WIDTH = 100
 MAX_WIDTH = 120  # of a line with a comment behind its key
 MAX_CELL = 40
+MAX_NOTE = 60  # of a value in a note
 MIN_DESCRIPTION = 12  # characters: less of a description says nothing
 NOTE = re.compile(r"Reference: [^;]*; (?P<reason>.*)")
 INTRODUCTION = """# Parameters
@@ -102,20 +103,26 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str, width: int = MAX_CELL) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    """A text in at most `width` characters: of a longer one its first words, and …"""
+    if len(text) <= width:
+        return text
+    words = text[:width].rpartition(" ")[0] or text[: width - 1]
+    return f"{words.rstrip(' ,;:')}…"
 
 
 def comment_of(key: str, value: Any, reference: dict[str, Any], reason: str | None) -> list[str]:
     """A key's description, and a note of the reference recipe's value where this one differs."""
     words = [str(Params.model_fields[key].description)]
     if value != reference[key]:
-        shown_value = cut(shown(reference[key]), 60).replace(";", ",")  # the reason follows the first semicolon
-        words.append(f"Reference: {shown_value}; {reason or 'why?'}")
+        value = shown(reference[key]).replace(";", ",")  # the reason follows the first semicolon
+        if len(value) > MAX_NOTE:
+            value = f"see {RECIPES / REFERENCE}.yaml"
+        words.append(f"Reference: {value}; {reason or 'why?'}")
     return words
 
 
 def beside(line: str, words: list[str]) -> str:
-    """A line with its key's description and note behind it, in MAX_WIDTH columns: of a long description its beginning.
+    """A line with its key's description and note behind it, in MAX_WIDTH columns; a long description is cut.
 
     docs/parameters.md has the complete one. The note is kept as it is.
     """

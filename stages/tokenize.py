@@ -9,7 +9,7 @@ Run: `dvc repro tokenize`
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,13 @@ def set_special_tokens(
     return ends
 
 
-def take_late_system(chat: Chat, conversations: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def take_late_system(chat: Chat, conversations: pd.DataFrame) -> tuple[pd.DataFrame, list[str], int]:
     """The conversations without those that the template refuses only for a system message after other turns.
 
-    Second, why each of these is left out: its row, its tree and the reason.
+    Second, why each of these is left out: its row, its tree and the reason. Third, how many supervised tokens they
+    have without that system message.
     """
-    takes, reasons = [], []
+    takes, reasons, lost = [], [], 0
     for row in conversations.itertuples():
         others = [message for i, message in enumerate(row.messages) if not i or message["role"] != "system"]
         is_late = len(others) < len(row.messages)
@@ -105,7 +106,13 @@ def take_late_system(chat: Chat, conversations: pd.DataFrame) -> tuple[pd.DataFr
         takes.append(reason is None)
         if reason:
             reasons.append(f"{reason} (conversation {row.Index}, of tree {row.message_tree_id})")
-    return conversations[takes], reasons
+            lost += wanted_tokens(next(iter(chat.encode([others]))), row.trained)
+    return conversations[takes], reasons, lost
+
+
+def wanted_tokens(encoded: Encoded, trained: Sequence[bool]) -> int:
+    """How many tokens the answers have that are to be trained on."""
+    return sum(stop - start for (start, stop), wanted in zip(encoded.spans, trained, strict=True) if wanted)
 
 
 def encode(chat: Chat, conversations: pd.DataFrame) -> Iterator[tuple[Any, Encoded]]:
@@ -130,18 +137,18 @@ def tokenize(
     max_length: int,
     name: str = "chat_template",
     truncation_side: str = "right",
+    late: int = 0,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Conversations (columns messages, trained, lang, message_tree_id) to tokens, and the counts of what was kept.
 
-    Returns columns input_ids, assistant_masks (arrays of integers), length, lang, message_tree_id, answers_cut_off.
+    `late`: the supervised tokens of the conversations that `take_late_system` left out, which count as lost. Returns
+    columns input_ids, assistant_masks (arrays of integers), length, lang, message_tree_id, answers_cut_off.
     Its index says which of the conversations a row is; those of which nothing is left are missing.
     """
     rows, kept, escaped, answers, wanted, lost = [], [], 0, 0, 0, {"too_long": 0, "answers_cut_off": 0}
     chat = Chat.of(tokenizer, name)
     for row, encoded in encode(chat, conversations):
-        wanted += sum(
-            stop - start for (start, stop), is_wanted in zip(encoded.spans, row.trained, strict=True) if is_wanted
-        )
+        wanted += wanted_tokens(encoded, row.trained)
         cut = cut_conversation(chat, (row.messages, row.trained), encoded, max_length, truncation_side)
         if cut is None:
             lost["too_long"] += 1
@@ -156,10 +163,11 @@ def tokenize(
     columns = ["input_ids", "assistant_masks", "length", "lang", "message_tree_id", "answers_cut_off"]
     frame = pd.DataFrame(rows, columns=columns, index=pd.Index(kept, dtype=conversations.index.dtype))
     counts = count_tokens(frame)
-    unseen = max(0, wanted - counts["supervised_tokens"])
+    unseen = max(0, wanted - counts["supervised_tokens"]) + late
     more = {
         "supervised_tokens_lost": unseen,
-        "supervised_share_lost": round(unseen / wanted, 4) if wanted else 0.0,
+        "supervised_tokens_lost_late_system": late,
+        "supervised_share_lost": round(unseen / (wanted + late), 4) if wanted + late else 0.0,
         "supervised_answers": answers,
         "control_tokens_escaped": escaped,
     }
@@ -208,8 +216,8 @@ def warnings_of(split: str, counts: dict[str, Any], read: int) -> list[str]:
             lines.append(
                 left_out_warning("tokenize", f"{split}: {reason}", number, read, PARAMETERS[reason], "conversations")
             )
-    lost = counts["supervised_tokens_lost"]
-    wanted = lost + counts["supervised_tokens"]
+    lost = counts["supervised_tokens_lost"] - counts["supervised_tokens_lost_late_system"]
+    wanted = counts["supervised_tokens_lost"] + counts["supervised_tokens"]
     if is_much(lost, wanted):
         lines.append(
             left_out_warning("tokenize", f"{split}: max_length", lost, wanted, "max_length", "supervised tokens")
@@ -244,11 +252,18 @@ def load_chat(params: TokenizeParams) -> tuple[PreTrainedTokenizerBase, Chat, li
     return tokenizer, chat, ends
 
 
+def print_notes(chat: Chat) -> None:
+    """Print what a user should know of the template; on stderr where a prompt differs from what is trained on."""
+    for note in chat.notes():
+        print(f"tokenize: {note}", flush=True)
+    for warning in chat.warnings():
+        print(f"warning: tokenize: {warning}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     params = load_params(TokenizeParams)
     tokenizer, chat, ends = load_chat(params)
-    for note in chat.notes():
-        print(f"tokenize: {note}")
+    print_notes(chat)
 
     prepared = read_json(PREPARED / "params.json", ["system_prompt"])
     counts: dict[str, Any] = {}
@@ -259,11 +274,11 @@ def main() -> None:
         for split in SPLITS:
             conversations = read_parquet(PREPARED / f"{split}.parquet", COLUMNS)
             read[split] = len(conversations)
-            conversations, refused = take_late_system(chat, conversations)
+            conversations, refused, late = take_late_system(chat, conversations)
             if refused:
                 print(f"tokenize: {split}: {len(refused)} conversations are left out (late_system): {refused[0]}")
             frame, counts[split] = tokenize(
-                conversations, tokenizer, params.max_length, chat.name, params.truncation_side
+                conversations, tokenizer, params.max_length, chat.name, params.truncation_side, late
             )
             counts[split]["dropped"]["late_system"] = len(refused)
             if frame.empty and refused:

@@ -57,17 +57,19 @@ def check_left(splits: Mapping[str, Sequence[Thread]], selection: Selection) -> 
 
 
 def why_empty(split: str, selection: Selection) -> str:
-    """What left a split without a conversation, and what to change: the step that took most, if it took it."""
+    """What left a split without a conversation, and what to change: the step that dropped most messages.
+
+    Where no step dropped more than half of them and no tree passed, the two largest steps.
+    """
     read, dropped = selection.funnel.read, selection.funnel.dropped
-    reason = max(dropped, key=lambda name: dropped[name]["messages"], default="")
-    count = dropped[reason]["messages"] if reason else 0
+    largest = sorted((name for name in dropped if dropped[name]["messages"]), key=lambda n: -dropped[n]["messages"])
     trees = len({ids[0] for ids in selection.threads})
     said = f"of {read['trees']} trees, {trees} passed all steps. "
-    if count > read["messages"] / 2:
-        languages = f", in {', '.join(dropped[reason]['by_language'])}" if reason == "language" else ""
-        parameter = PARAMETERS[reason]
-        change = f"Change {parameter} in params.yaml" if parameter else "docs/data.md explains it"
-        return f"{said}Most messages, {count} of {read['messages']}{languages}, were dropped as `{reason}`. {change}."
+    is_most = bool(largest) and dropped[largest[0]]["messages"] > read["messages"] / 2
+    if is_most or (largest and not trees):
+        named = largest[:1] if is_most else largest[:2]
+        took = " and ".join(taken(name, dropped[name]) for name in named)
+        return f"{said}Of {read['messages']} messages, {took}. {' '.join(map(change, named))}"
     held = dropped.get("question_is_held_out", {"conversations": 0})["conversations"]
     if split == "train" and held:
         return (
@@ -75,3 +77,15 @@ def why_empty(split: str, selection: Selection) -> str:
             "Put other questions there."
         )
     return f"{said}One must be trained on and another, with another question, be held out. Put more data there."
+
+
+def taken(reason: str, step: Mapping[str, Any]) -> str:
+    """How many messages a step dropped, and in which languages where it filters by language."""
+    languages = f" in {', '.join(step['by_language'])}" if reason == "language" else ""
+    return f"{step['messages']}{languages} were dropped as `{reason}`"
+
+
+def change(reason: str) -> str:
+    """What to change so that a step drops less."""
+    parameter = PARAMETERS[reason]
+    return f"Change {parameter} in params.yaml." if parameter else f"docs/data.md explains `{reason}`."

@@ -62,7 +62,7 @@ ELSEWHERE = {
     "make PYTHON=python3.11 all": "needs another Python",
     "make serve": "tests/whole/test_serve.py",
     "make chat": "tests/space/test_chat.py",
-    "make deploy": "tests/commands/test_deploy.py",
+    "make deploy": "tests/commands/test_deployed.py",
     "make verify": "tests/commands/test_verify.py",
     "make test": "these tests",
     "make lint": "needs minutes; it has no state",

@@ -111,11 +111,20 @@ def test_no_comment_behind_a_key_runs_over_the_width(path):
 
 def test_a_long_description_behind_a_key_is_cut_and_its_note_is_kept():
     note = "Reference: 5; a reason"
-    line = docs.beside("key: 1", ["A description. " * 20, note])
-    assert len(line) == docs.MAX_WIDTH and line.startswith("key: 1 # A description.") and line.endswith(f"… {note}")
+    for more in range(20):  # wherever the width falls, a word is complete
+        line = docs.beside(f"key: {'1' * (more + 1)}", ["Several complete words, " * 20, note])
+        assert docs.MAX_WIDTH - len("complete words, ") < len(line) <= docs.MAX_WIDTH
+        assert re.search(rf" (Several|complete|words)… {note}$", line), line
     assert docs.beside("key: 1", ["Short.", note]) == f"key: 1 # Short. {note}"
     assert docs.beside(f"key: {'v' * 80}", ["A description.", note]) == f"key: {'v' * 80} # {note}"
     assert docs.beside(f"key: {'v' * 120}", ["A description."]) == f"key: {'v' * 120} # …"
+
+
+def test_a_note_has_a_complete_value_or_names_the_recipe_that_has_it():
+    reference = {"seed": 42, "system_prompt": "A prompt of many words. " * 3}
+    assert docs.comment_of("seed", 1, reference, "so")[1] == "Reference: 42; so"
+    said = docs.comment_of("system_prompt", "", reference, "so")[1]
+    assert said == "Reference: see recipes/phi2-oasst1.yaml; so"
 
 
 def test_every_key_is_once_on_the_page_of_parameters():

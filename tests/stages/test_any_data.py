@@ -179,7 +179,7 @@ def test_what_is_trained_is_what_the_data_say(name, ending, data):
 
     tokenizer = tokenizer_of(name)
     chat = Chat.of(tokenizer, name)
-    takes, refused = take_late_system(chat, conversations)
+    takes, refused, _ = take_late_system(chat, conversations)
     if name in NO_SYSTEM and any(messages[0]["role"] == "system" for messages in takes["messages"]):
         with pytest.raises(StageError, match="it takes no such system message"):
             tokenize(takes, tokenizer, 100_000, name)

@@ -76,10 +76,12 @@ def test_nothing_left_names_held_out_questions_where_they_took_all_that_was_to_b
         run(table.assign(split=split))
 
 
-def counts(tokens: int, lost: int, **dropped: int) -> dict:
+def counts(tokens: int, too_long_tokens: int, late_tokens: int = 0, **dropped: int) -> dict:
     return {
-        **{"conversations": 9, "tokens": 99, "supervised_tokens": tokens, "supervised_tokens_lost": lost},
-        **{"supervised_share_lost": lost / (tokens + lost), "control_tokens_escaped": 0},
+        **{"conversations": 9, "tokens": 99, "supervised_tokens": tokens, "control_tokens_escaped": 0},
+        "supervised_tokens_lost": too_long_tokens + late_tokens,
+        "supervised_tokens_lost_late_system": late_tokens,
+        "supervised_share_lost": (too_long_tokens + late_tokens) / (tokens + too_long_tokens + late_tokens),
         "dropped": {"too_long": 0, "answers_cut_off": 0, "late_system": 0, **dropped},
     }
 
@@ -94,6 +96,8 @@ def test_tokenize_says_what_max_length_took():
     assert said["tokenize: share of them lost"] == ["5.1%", "0.0%"]
     assert said["tokenize: answers cut off"] == ["2", "0"]
     assert warnings_of("train", both["train"], 10) == []
+    late = counts(800, 50, 150, late_system=1)  # of 1,000: a tenth is max_length's only if it took it
+    assert warnings_of("train", late, 10) == []
     much = counts(880, 120, too_long=2, late_system=3)
     assert warnings_of("train", much, 10) == [
         "warning: tokenize: train: too_long took 2 of 10 conversations (20%). The parameter `max_length` governs it.",

@@ -15,9 +15,10 @@ from tests.support.conversations import check_funnel, frame, run, two_datasets
 from tests.support.rows import message
 
 
-def plain(names) -> list[dict]:
+def plain(names, **fields) -> list[dict]:
     """A tree of one question and one answer for each name."""
-    return [row for n in names for row in (message(f"{n}", role="prompter"), message(f"{n}.a", f"{n}"))]
+    pairs = ((message(f"{n}", role="prompter", **fields), message(f"{n}.a", f"{n}", **fields)) for n in names)
+    return [row for pair in pairs for row in pair]
 
 
 def held_of(conversations: pd.DataFrame) -> set[str]:
@@ -79,9 +80,19 @@ def test_two_questions_with_many_answers_are_parted():
     "rows, changes, said",
     [
         (plain("a"), {}, r"left for validation: of 1 trees, 1 passed all steps. One must be trained on and another"),
-        (plain("ab"), {"languages": ["de"]}, r"4 of 4, in en, were dropped as `language`. Change languages in params"),
+        (
+            plain("ab"),
+            {"languages": ["de"]},
+            r"Of 4 messages, 4 in en were dropped as `language`. Change languages in params.yaml.$",
+        ),
         (plain("ab"), {"min_turns": 2}, r"of 2 trees, 0 passed .* as `below_min_turns`. Change min_turns in"),
-        ([message("a"), message("b")], {}, r"2 of 2, were dropped as `wrong_role`. docs/data.md explains it"),
+        ([message("a"), message("b")], {}, r"2 were dropped as `wrong_role`. docs/data.md explains `wrong_role`.$"),
+        (
+            [*plain("ab", lang="de"), *plain("cd", deleted=True)],
+            {"languages": ["en"]},
+            r"of 4 trees, 0 passed all steps. Of 8 messages, 4 were dropped as `deleted` and 4 in de were "
+            "dropped as `language`. docs/data.md explains `deleted`. Change languages in params.yaml.$",
+        ),
     ],
 )
 def test_what_left_a_split_empty_is_named(rows, changes, said):

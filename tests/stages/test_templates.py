@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from stages.common.chat import Chat, ChatError, Encoded, check_same_ids, plain_template, rendered_by
 from stages.common.errors import StageError
+from stages.tokenize import print_notes
 from tests.support.templates import (
     PAGE,
     SMALL,
@@ -16,6 +17,7 @@ from tests.support.templates import (
     TRL_TEMPLATES,
     chat_of,
     page,
+    row,
     talk,
     template_of,
     tokenizer_for,
@@ -100,7 +102,22 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_or_it_is_said(name):
     messages = TALKS[0]
     prompt = chat.ids(messages[:-1])
     (encoded,) = chat.encode([messages])
-    assert bool(chat.notes()) == (encoded.ids[: encoded.spans[0][0]] != prompt)
+    assert bool(chat.notes() + chat.warnings()) == (encoded.ids[: encoded.spans[0][0]] != prompt)
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "nemotron_3_nano"])
+def test_a_prompt_that_differs_from_the_training_text_is_a_warning_on_stderr(name, capsys):
+    print_notes(chat_of(name))
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: tokenize: {name}: a prompt ends with ") and said.err.count("\n") == 1
+    assert "a prompt ends with" not in said.out
+    assert row(name).startswith(f"| {name} | right, but its prompt differs | ")
+
+
+def test_what_a_template_writes_before_an_answer_is_no_warning(capsys):
+    print_notes(chat_of("words_before_an_answer"))
+    said = capsys.readouterr()
+    assert "context, not trained on" in said.out and not said.err
 
 
 def test_the_table_in_docs_is_fresh():

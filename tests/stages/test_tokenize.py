@@ -165,8 +165,15 @@ def test_a_late_system_message_keeps_its_place_or_its_conversation_is_counted():
     late = [*TALK[1:3], {"role": "system", "content": "In French."}, *TALK[3:]]
     table = conversations([TALK[1:], late])
     tokenizer = tokenizer_for(SMALL["alternating"])
-    kept, refused = take_late_system(Chat.of(tokenizer, "mine"), table)
+    kept, refused, lost = take_late_system(Chat.of(tokenizer, "mine"), table)
     assert list(kept.index) == [0] and len(refused) == 1
+    _, without_it = tokenize(kept, tokenizer, 100)
+    assert lost == without_it["supervised_tokens"] > 0  # the same answers
+    _, counts = tokenize(kept, tokenizer, 100, late=lost)
+    assert counts["supervised_tokens_lost"] == counts["supervised_tokens_lost_late_system"] == lost
+    assert counts["supervised_share_lost"] == 0.5
+    untrained = table.assign(trained=[[True, True], [False, True]])
+    assert 0 < take_late_system(Chat.of(tokenizer, "mine"), untrained)[2] < lost
     assert refused[0].startswith("mine: it takes no such system message (Roles must alternate).")
     assert "(conversation 1, of tree " in refused[0]
     with pytest.raises(StageError, match=r"it takes no such system message .* \(conversation 0, of "):
@@ -174,8 +181,8 @@ def test_a_late_system_message_keeps_its_place_or_its_conversation_is_counted():
     assert take_late_system(Chat.of(tokenizer, "mine"), conversations([[TALK[0], *late]]))[1] == []
 
     tokenizer = tokenizer_for(LOOP + TURN + PROMPT)
-    kept, refused = take_late_system(Chat.of(tokenizer, "mine"), table)
-    assert list(kept.index) == [0, 1] and not refused
+    kept, refused, lost = take_late_system(Chat.of(tokenizer, "mine"), table)
+    assert list(kept.index) == [0, 1] and not refused and lost == 0
     frame, _ = tokenize(kept, tokenizer, 100)
     text = tokenizer.decode(frame["input_ids"][1])
     assert "It is 2.<|im_end|>\n<|im_start|>system\nIn French.<|im_end|>\n<|im_start|>user" in text

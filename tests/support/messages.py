@@ -55,3 +55,30 @@ def messages() -> list[Message]:
             if len(words.replace("…", "").strip()) >= MIN_WORDS:
                 found.append(Message(words, f"{path.relative_to(ROOT)}:{node.lineno}"))
     return found
+
+
+def _docstrings_of(tree: ast.Module) -> set[ast.expr]:
+    """The docstrings, and all other texts that stand as statements of their own."""
+    return {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+
+
+def texts_of(path: Path) -> list[str]:
+    """The strings and f-strings of a file, each once, with … for variable parts; without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = _docstrings_of(tree)
+    found = []
+    for node in ast.walk(tree):  # an f-string comes before its parts
+        if isinstance(node, ast.JoinedStr):
+            inside |= {part for value in node.values for part in ast.walk(value)}
+        if node not in inside and isinstance(node, ast.Constant | ast.JoinedStr) and "…" != words_of(node):
+            found.append(node)
+    return [words_of(node) for node in sorted(found, key=lambda node: (node.lineno, node.col_offset))]
+
+
+def texts() -> list[str]:
+    """All texts of stages/, commands/ and space/, and the lines that the Makefile prints."""
+    paths = [path for folder in ("stages", "commands", "space") for path in sorted((ROOT / folder).rglob("*.py"))]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    return [text for path in paths for text in texts_of(path)] + [line for line in makefile if line[:1] == "\t"]

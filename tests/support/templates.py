@@ -111,8 +111,10 @@ def row(name: str) -> str:
         except StageError:
             system = "refused"
             chat.encode([talk("Q", "A", "Q", "A")])
-        notes = " ".join(note.removeprefix(name).lstrip(": ") for note in chat.notes()).replace("|", "\\|")
-        return f"| {name} | right | {ends} | {system} | {notes} |"
+        notes = [note.removeprefix(name).lstrip(": ") for note in [*chat.notes(), *chat.warnings()]]
+        remarks = " ".join(notes).replace("|", "\\|")
+        answers = "right, but its prompt differs" if chat.warnings() else "right"
+        return f"| {name} | {answers} | {ends} | {system} | {remarks} |"
     except StageError as error:
         reason = str(error).removeprefix(f"{name}: ").replace("|", "\\|")
         return f"| {name} | refused | | | {reason} |"
@@ -142,6 +144,9 @@ A template is refused, in one line, when it
 - closes an answer with no special token.
 
 Text that spells a control token is kept as text: an invisible space is put inside it, in training as in the chat app.
+
+Where the table says that a prompt differs, the template ends a prompt with text that it does not write before the
+answers of a conversation. Training is right, but the model is asked with another text. The tokenize stage warns.
 
 ## TRL's training templates
 

@@ -16,11 +16,23 @@ def walkthrough(heading: str) -> dict[str, list[str]]:
     return {name: lines.splitlines() for name, lines in zip(parts[::2], parts[1::2], strict=True)}
 
 
+def places(lines: list[str]) -> list[list[str]]:
+    """The lines of a file's part by the place that they change: a line @@ stands between two."""
+    found: list[list[str]] = [[]]
+    for line in lines:
+        if line == "@@":
+            found.append([])
+        else:
+            found[-1].append(line)
+    return found
+
+
 def apply(changes: dict[str, list[str]], folder: Path) -> None:
     """Change the files in `folder`: of each line with its sign, ` ` and `-` are there before, ` ` and `+` after."""
-    for name, lines in changes.items():
+    for name, part in changes.items():
         path = folder / name
-        text = path.read_text(encoding="utf-8")
-        before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in signs) for signs in (" -", " +"))
-        assert text.count(before) == 1, f"{PAGE} changes lines that {name} does not have (once):\n{before}"
-        path.write_text(text.replace(before, after), encoding="utf-8")
+        for lines in places(part):
+            text = path.read_text(encoding="utf-8")
+            before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in signs) for signs in (" -", " +"))
+            assert text.count(before) == 1, f"{PAGE} changes lines that {name} does not have (once):\n{before}"
+            path.write_text(text.replace(before, after), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`make serve` becomes the server: whoever ends it frees the port."""
+"""`make serve` becomes the server: ending it frees the port."""
 
 import os
 import signal

@@ -170,17 +170,22 @@ class Chat:
         return list(dict.fromkeys([last.end if last else ends[0], *ends]))
 
     def notes(self) -> list[str]:
-        """What a user should know of the template: what it writes between a prompt and the answer, one line each."""
-        lines = []
-        for answer in next(self._at_every_position()).answers():
-            if answer.context:
-                lines.append(f"{self.name} writes {shown(answer.context)} before an answer: context, not trained on.")
-            if answer.leftover:
-                lines.append(
-                    f"{self.name}: a prompt ends with {shown(answer.leftover)}, which it does not write before the "
-                    "answers of a conversation: the model is asked otherwise than it was trained."
-                )
-        return lines
+        """What a user may know of the template: what it writes between a prompt and the answer, one line each."""
+        answers = next(self._at_every_position()).answers()
+        return [
+            f"{self.name} writes {shown(answer.context)} before an answer: context, not trained on."
+            for answer in answers
+            if answer.context
+        ]
+
+    def warnings(self) -> list[str]:
+        """Where a prompt differs from the beginning of what is trained on, one line each."""
+        return [
+            f"{self.name}: a prompt ends with {shown(answer.leftover)}, which it does not write before the answers of "
+            "a conversation: the model is asked otherwise than it was trained."
+            for answer in next(self._at_every_position()).answers()
+            if answer.leftover
+        ]
 
     def _at_every_position(self) -> Iterator[Skeleton]:
         """The skeletons of short conversations with an answer at every position that the template takes."""
