@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from stages.common.errors import StageError
-from stages.conversations.files import Row, data_files, format_of, known_as, name_in, read_rows, split_of
+from stages.conversations.files import (
+    Row,
+    data_files,
+    format_of,
+    known_as,
+    name_in,
+    read_rows,
+    split_of,
+    unread_files,
+)
 from stages.conversations.forms import OASST_ROLES, form_of, unknown_form, unread_columns
 from stages.conversations.turns import GREETING, SYSTEM_AT_END, UNSUPPORTED, RefusedRow
 
@@ -19,25 +28,31 @@ IDS = ("message_id", "parent_id", "message_tree_id")
 UNKNOWN = "unknown"  # the language of a row that states none
 MAX_NUMBER = 1e300  # Python's integers may be too large for a float
 MAX_SHOWN = 40  # characters of a value in an error line
-MAX_LISTED = 20  # columns in a line
+MAX_LISTED = 20  # columns or files in a line
 TURNS_LEFT_OUT = {GREETING: "begin with an answer", SYSTEM_AT_END: "end with a system message"}
 
 
 @dataclass
 class Counts:
-    """What is counted while rows are read: all, those of each form, and those with each column that is not read."""
+    """What is counted while rows are read: all, those of each form, and those with each column that is not read.
+    `files` are the files that are not read."""
 
     rows: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    files: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """What a user should know of it, one line each."""
-        if not self.unread:
-            return []
-        most = self.unread.most_common(MAX_LISTED)
-        listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in most)
-        return [f"columns that are not read: {listed}{', …' * (len(self.unread) > MAX_LISTED)}"]
+        notes = []
+        if self.files:
+            listed = ", ".join(ascii(name)[1:-1] for name in self.files[:MAX_LISTED])
+            notes.append(f"files that are not read: {listed}{', …' * (len(self.files) > MAX_LISTED)}")
+        if self.unread:
+            most = self.unread.most_common(MAX_LISTED)
+            listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in most)
+            notes.append(f"columns that are not read: {listed}{', …' * (len(self.unread) > MAX_LISTED)}")
+        return notes
 
 
 def read_messages(
@@ -52,6 +67,7 @@ def read_messages(
     """
     files = data_files(folder, source)
     counts = counts or Counts()
+    counts.files += [name_in(file, folder) for file in unread_files(folder)]
     stems = Counter(stem_of(file, folder) for file in files)
     rows: list[Row] = []
     for file in files:
@@ -69,7 +85,7 @@ def read_messages(
 
 def stem_of(file: Path, folder: Path) -> str:
     """A data file's path inside its folder, without its ending."""
-    return name_in(file, folder).removesuffix(format_of(file).ending)
+    return name_in(file, folder)[: -len(format_of(file).ending)]
 
 
 class Place(NamedTuple):
