@@ -4,7 +4,7 @@ What a turn or a row holds besides text (tool calls, images, …) is refused by 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stages.conversations.files import Row
@@ -98,19 +98,24 @@ def refuse_unsupported(fields: Row, place: str) -> None:
             raise RefusedRow(UNSUPPORTED, f"{what} (`{name}`{place}) cannot be trained on")
 
 
-def is_trained(fields: Row, default: bool, place: str) -> bool:
-    """Whether `weight`, `train`, `training` and `loss` of a row or a turn let its answer be trained on.
+def yes_or_no(value: Any) -> bool | None:
+    """What a value of YES_NO says; None for another one."""
+    return YES_NO.get(
+        value.strip().lower() if isinstance(value, str) else value if isinstance(value, int | float) else ""
+    )
+
+
+def is_trained(fields: Row, default: bool, place: str, names: Sequence[str] = ("weight", *SWITCHES)) -> bool:
+    """Whether the fields `names` of a row or a turn let its answer be trained on; `default` where it has none of them.
 
     Raises RefusedRow for a value that is neither yes nor no, such as a weight of 0.5.
     """
     stated = []
-    for name in ("weight", *SWITCHES):
+    for name in names:
         value = fields.get(name)
         if value is None or value != value:
             continue
-        stated.append(
-            YES_NO.get(value.lower() if isinstance(value, str) else value if isinstance(value, int | float) else "")
-        )
+        stated.append(yes_or_no(value))
         if stated[-1] is None:
             raise RefusedRow(UNSUPPORTED, f"`{name}`{place} is {ascii(value)[:40]}; only 0 and 1 can be trained on")
     return all(stated) if stated else default
