@@ -2,6 +2,7 @@
 
 files.py       data files -> rows
 turns.py       turns as people write them -> role, text, and whether an answer is trained on
+pairs.py       questions and answers in columns, and lists of turns -> turns -> message rows
 forms.py       rows in any form -> message rows; a form is an entry of FORMS
 fields.py      fields of a message row -> flags and numbers, or what is wrong with them
 messages.py    message rows -> the table of messages, or what is wrong with a row

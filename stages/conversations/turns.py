@@ -86,6 +86,16 @@ def is_turns(value: Any) -> bool:
     return bool(listed) and isinstance(listed, list) and all(_has_role(turn) for turn in listed)
 
 
+def as_object_turn(value: Any) -> Row | None:
+    """A single turn with a role, or a JSON string of one, as an object; None where the value is something else."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if _has_role(value) and first_given(value, TEXT_FIELDS) is not None else None
+
+
 def _has_role(turn: Any) -> bool:
     role = first_given(turn, ROLE_FIELDS) if isinstance(turn, dict) else None
     return isinstance(role, str) and role.strip().lower() in {*ROLES, *TOOL_ROLES}
@@ -171,12 +181,19 @@ def fold_system(turns: list[Turn], own: Any) -> tuple[list[Turn], list[Turn]]:
         if turn.role == "system":
             waiting.append(turn)
         else:
-            folded.append(turn._replace(system=_joined_system([each.text for each in waiting])))
+            folded.append(turn._replace(system=joined_system([each.text for each in waiting])))
             waiting = []
     return folded, waiting
 
 
-def _joined_system(texts: list[Any]) -> Any:
+def unfolded(turns: list[Turn]) -> list[Turn]:
+    """The turns with the system messages before them as turns again."""
+    systems = [[] if turn.system is None else [Turn("system", turn.system)] for turn in turns]
+    return [each for before, turn in zip(systems, turns, strict=True) for each in (*before, turn._replace(system=None))]
+
+
+def joined_system(texts: list[Any]) -> Any:
+    """System messages as one, each text once; None where there is none, the list itself where one is no text."""
     texts = [text for text in texts if text is not None]
     if not all(isinstance(text, str) for text in texts):
         return texts
@@ -194,7 +211,7 @@ def without_greeting(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
     greeting, others = turns[:count], turns[count:]
     systems = [turn.system for turn in (*greeting, *others[:1]) if turn.system is not None]
     if greeting and others and systems:
-        others = [others[0]._replace(system=_joined_system(systems)), *others[1:]]
+        others = [others[0]._replace(system=joined_system(systems)), *others[1:]]
     return greeting, others
 
 
