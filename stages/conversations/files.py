@@ -5,7 +5,8 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -27,6 +28,8 @@ PARQUET_BATCH = 1000  # rows in memory at a time
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 MAX_CELL = 2**31 - 1  # characters in a cell of a CSV file
 DELIMITERS = (",", ";", "\t")
+# Names, without their endings, of the files that describe data.
+DESCRIPTIONS = ("readme", "license", "licence", "copying", "notice", "changelog", "citation", "authors", "datasheet")
 
 
 class Format(NamedTuple):
@@ -40,7 +43,7 @@ class Format(NamedTuple):
 def data_files(folder: Path, source: str | None = None) -> list[Path]:
     """The data files of a folder and its subfolders, by path. Raises StageError, which names the folder or the data
     set's `source`, when there is none."""
-    files = sorted(path for path in folder.rglob("*") if _is_data(path, folder))
+    files = [path for path in _files(folder) if _is_data(path)]
     if not files:
         *others, last = (form.ending for form in FORMATS)
         raise StageError(
@@ -49,12 +52,27 @@ def data_files(folder: Path, source: str | None = None) -> list[Path]:
     return files
 
 
-def _is_data(path: Path, folder: Path) -> bool:
-    if path.name in NO_DATA or any(part.startswith(".") for part in path.relative_to(folder).parts):
-        return False
+def unread_files(folder: Path) -> list[Path]:
+    """The files of a folder and its subfolders that may hold data, but have no known ending, by path."""
+    return [path for path in _files(folder) if not _is_data(path) and not _is_beside_data(path)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder and its subfolders, by path; hidden ones are left out."""
+    found = (path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    return sorted(path for path in found if path.is_file())
+
+
+def _is_beside_data(path: Path) -> bool:
+    """Whether a file is known to hold no rows: a description, a pointer of DVC, or what libraries write beside data."""
     if path.suffix == ".arrow" and path.name.startswith("cache-"):  # `datasets` caches its computations there
-        return False
-    return path.name.endswith(tuple(form.ending for form in FORMATS)) and path.is_file()
+        return True
+    described = path.name.lower().split(".")[0] in DESCRIPTIONS
+    return path.name in NO_DATA or path.suffix in (".dvc", ".lock") or described and _format(path) is None
+
+
+def _is_data(path: Path) -> bool:
+    return _format(path) is not None and not _is_beside_data(path)
 
 
 def name_in(file: Path, folder: Path) -> str:
@@ -74,7 +92,13 @@ def known_as(name: str, source: str | None) -> str:
 
 def format_of(file: Path) -> Format:
     """The format of one of the `data_files`."""
-    return next(form for form in FORMATS if file.name.endswith(form.ending))
+    found = _format(file)
+    assert found is not None
+    return found
+
+
+def _format(file: Path) -> Format | None:
+    return next((form for form in FORMATS if file.name.lower().endswith(form.ending)), None)
 
 
 def read_rows(file: Path, name: str) -> Rows:
@@ -108,9 +132,9 @@ def split_of(name: str) -> str | None:
 def _open(file: Path) -> IO[bytes]:
     """A file's unpacked bytes, without the byte order mark of UTF-8. Raises UnicodeError for UTF-16."""
     raw: IO[bytes] = file.open("rb")
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         raw = gzip.open(raw)  # type: ignore[assignment]
-    elif file.suffix == ".zst":
+    elif file.suffix.lower() == ".zst":
         raw = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
     stream = io.BufferedReader(raw)  # type: ignore[type-var]
     beginning = stream.peek(4)[:4]
@@ -182,12 +206,12 @@ def _read_json(file: Path) -> Rows:
     yield from ((number, row if isinstance(row, dict) else "not a JSON object") for number, row in enumerate(rows, 1))
 
 
-def _read_csv(file: Path) -> Rows:
+def _read_csv(file: Path, delimiters: Sequence[str] = DELIMITERS) -> Rows:
     """A table with a header. An empty cell is None."""
     csv.field_size_limit(MAX_CELL)
     with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
         header = text.readline()
-        delimiter = max(DELIMITERS, key=header.count)
+        delimiter = max(delimiters, key=header.count)
         names = next(csv.reader([header], delimiter=delimiter), [])
         for number, cells in enumerate(csv.reader(text, delimiter=delimiter, strict=True), 1):
             if len(cells) > len(names):
@@ -197,10 +221,12 @@ def _read_csv(file: Path) -> Rows:
                 yield number, {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 
+PACKED = ("", ".gz", ".zst")
 FORMATS = (
-    *(Format(f".jsonl{packed}", "line", _read_jsonl) for packed in ("", ".gz", ".zst")),
-    *(Format(f".json{packed}", "row", _read_json) for packed in ("", ".gz", ".zst")),
-    *(Format(f".csv{packed}", "row", _read_csv) for packed in ("", ".gz", ".zst")),
+    *(Format(f"{ending}{packed}", "line", _read_jsonl) for ending in (".jsonl", ".ndjson") for packed in PACKED),
+    *(Format(f".json{packed}", "row", _read_json) for packed in PACKED),
+    *(Format(f".csv{packed}", "row", _read_csv) for packed in PACKED),
+    *(Format(f".tsv{packed}", "row", partial(_read_csv, delimiters=("\t",))) for packed in PACKED),
     Format(".parquet", "row", _read_parquet),
     Format(".arrow", "row", _read_arrow),
 )

@@ -6,30 +6,24 @@ A message row has OASST1's columns (message_id, parent_id, message_tree_id, text
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from stages.conversations.files import Row
-from stages.conversations.turns import (
-    GREETING,
-    SWITCHES,
-    SYSTEM_AT_END,
-    TURN_FIELDS,
-    UNSUPPORTED_FIELDS,
-    Turn,
-    alternating,
-    fold_system,
-    from_json,
-    given,
-    is_list,
-    is_trained,
-    is_turns,
-    refuse_unsupported,
-    text_of,
-    turns_of,
-    without_greeting,
+from stages.conversations.pairs import (
+    INSTRUCTION_COLUMNS,
+    SHARED,
+    SYSTEM,
+    Columns,
+    Talk,
+    chain,
+    chosen_columns,
+    instruction,
+    instruction_columns,
+    listed,
+    preference,
+    row_is_trained,
 )
-
-Columns = tuple[str, ...]
+from stages.conversations.turns import SWITCHES, TURN_FIELDS, UNSUPPORTED_FIELDS, given, is_list, refuse_unsupported
 
 
 class Form(NamedTuple):
@@ -40,26 +34,11 @@ class Form(NamedTuple):
     roles: dict[str, str]  # the form's names of the two speakers -> user, assistant
     matches: Callable[[Row], bool]
     messages: Callable[[Row, str], Iterable[Row]]  # a row, and the id of its conversation where it states none
-    also: frozenset[str] = frozenset()  # columns that it reads besides those it needs
-    is_tree: bool = False  # rows of OASST1's own schema, whose other columns are known
+    talk: Callable[[Row], Talk] | None = None  # None: a message tree, of OASST1's own schema
 
 
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 TURN_ROLES = {"user": "user", "assistant": "assistant"}
-# What instruction data sets call their two columns.
-INSTRUCTION_COLUMNS: tuple[Columns, ...] = (
-    ("instruction", "response"),
-    ("instruction", "output"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("input", "output"),
-)
-QUESTIONS = ("prompt", "question", "instruction", "input")  # what stands before a chosen answer
-CONTEXT = ("input", "context")  # appended to the question
-SYSTEM = ("system", "system_prompt")
-SHARED = ("lang", "synthetic", "deleted", "detoxify", "labels")  # columns that hold for all messages of a row
 COMMON = {*SHARED, *SYSTEM, *SWITCHES, *UNSUPPORTED_FIELDS, "weight"}
 # The columns of OASST1; some of them, such as user_id, say nothing of a conversation.
 TREE_COLUMNS = {
@@ -128,173 +107,56 @@ def flat_message(row: Row) -> Row:
 # Conversations ---------------------------------------------------------------------------------------------------
 
 
-def turn_form(name: str, column: str) -> Form:
+def talk_form(
+    name: str, columns: tuple[Columns, ...], matches: Callable[[Row], bool], talk: Callable[[Row], Talk]
+) -> Form:
+    """A form whose rows are conversations; `talk` reads the turns of one."""
+
+    def messages(row: Row, conversation_id: str) -> Iterator[Row]:
+        return chain(talk(row).turns, conversation_id, row)
+
+    return Form(name, columns, TURN_ROLES, matches, messages, talk)
+
+
+def list_form(name: str, column: str) -> Form:
     """The form whose rows hold a list of turns in a column."""
-    return Form(
-        name,
-        ((column,),),
-        TURN_ROLES,
-        lambda row: is_list(row.get(column)),
-        lambda row, conversation_id: chain(turns_of(row[column], row_is_trained(row)), conversation_id, row),
-    )
-
-
-def chosen_columns(row: Row) -> Columns | None:
-    """The columns of a preference row, or None."""
-    if "message_id" in row or not given(row.get("chosen")):
-        return None
-    question = next((name for name in QUESTIONS if given(row.get(name))), None)
-    if question is not None:
-        return question, "chosen"
-    return ("chosen",) if is_turns(row["chosen"]) else None
-
-
-def chosen_messages(row: Row, conversation_id: str) -> Iterator[Row]:
-    """The conversation with the chosen answer: a text, the turns after the prompt, or all turns."""
-    *question, answer = chosen_columns(row) or ()
-    turns = as_turns(row[answer], "assistant", row_is_trained(row))
-    begins = next((turn.role for turn in turns if turn.role != "system"), None)
-    if question and begins != "user":
-        turns = as_turns(row[question[0]], "user", row_is_trained(row)) + turns
-    return chain(turns, conversation_id, row)
-
-
-def instruction_columns(row: Row) -> Columns | None:
-    """The two columns of an instruction row, or None."""
-    if "message_id" in row:
-        return None
-    found = [columns for columns in INSTRUCTION_COLUMNS if columns[0] in row and columns[1] in row]
-    filled = (columns for columns in found if given(row[columns[0]]) and given(row[columns[1]]))
-    return next(filled, found[0] if found else None)  # a table has the columns of other rows, too
-
-
-def instruction_messages(row: Row, conversation_id: str) -> Iterator[Row]:
-    """The history, the question and the answer of an instruction row; `input`, if any, is part of the question."""
-    names = instruction_columns(row)
-    assert names is not None
-    question, answer = (row[name] for name in names)
-    for name in CONTEXT:
-        context = row.get(name) if name not in names else None
-        if not is_turns(question) and isinstance(question, str) and isinstance(context, str) and context.strip():
-            question = f"{question}\n\n{context}"
-    trained = row_is_trained(row) and row.get("label") is not False  # TRL's unpaired preferences
-    turns = as_turns(question, "user", trained) + as_turns(answer, "assistant", trained)
-    # A system turn of the question stays in front of the history.
-    leading = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    return chain(turns[:leading] + history_turns(row, trained) + turns[leading:], conversation_id, row)
-
-
-def history_turns(row: Row, trained: bool) -> list[Turn]:
-    """The turns before a question: pairs of question and answer, or role/content turns."""
-    history = from_json(row.get("history"))
-    if not given(history):
-        return []
-    if not isinstance(history, list):
-        return [Turn(None, history)]  # counted as a bad row
-    turns: list[Turn] = []
-    for number, pair in enumerate(history, 1):
-        if isinstance(pair, list) and len(pair) == 2:
-            turns += [Turn("user", pair[0]), Turn("assistant", pair[1], trained)]
-        else:
-            turns += turns_of([pair], trained) if isinstance(pair, dict) else [Turn(None, f"history {number}")]
-    return turns
-
-
-def as_turns(value: Any, role: str, trained: bool) -> list[Turn]:
-    """A column as turns: a list of turns, or the text of one turn of a role."""
-    if is_turns(value):
-        return turns_of(value, trained)
-    return [Turn(role, text_of(value, ""), trained)]
-
-
-def row_is_trained(row: Row) -> bool:
-    """Whether the answers of a row are trained on where their own turns do not say so."""
-    return is_trained(row, True, "")
-
-
-def chain(turns: list[Turn], conversation_id: str, row: Row) -> Iterator[Row]:
-    """Turns as message rows, each the reply to the one before, with the system message that stands before it.
-
-    An answer before the first question, and a system turn behind the last turn, are rows of their own with `left_out`.
-    Raises RefusedRow for a row that would lose a part of its meaning.
-    """
-    refuse_unsupported(row, "")
-    folded, at_end = fold_system(turns, next((row[name] for name in SYSTEM if given(row.get(name))), None))
-    greeting, talk = without_greeting(folded)
-    talk = list(alternating(talk))
-    reasons = [GREETING] * len(greeting) + [None] * len(talk) + [SYSTEM_AT_END] * len(at_end)
-    shared: Row = {key: row[key] for key in SHARED if key in row}
-    parent = None
-    for i, (turn, reason) in enumerate(zip([*greeting, *talk, *at_end], reasons, strict=True)):
-        message_id = f"{conversation_id}.{i}"
-        yield {
-            **shared,
-            "message_id": message_id,
-            "parent_id": parent,
-            "message_tree_id": conversation_id,
-            "text": turn.text,
-            "role": "user" if reason == SYSTEM_AT_END else turn.role,
-            "system": turn.system,
-            "trained": turn.trained,
-            "left_out": reason,
-        }
-        parent = None if reason else message_id
+    return talk_form(name, ((column,),), lambda row: is_list(row.get(column)), lambda row: listed(row, column))
 
 
 def unread_columns(row: Row, form: Form) -> Iterator[str]:
-    """The columns of a row, and the fields of its turns, that its form does not read."""
-    if form.is_tree:
+    """The columns of a row, and the fields of its turns, that are not read from this row."""
+    if form.talk is None:
         for part in (row, *nodes(row)) if isinstance(row.get("prompt"), dict) else (row,):
             yield from (str(name) for name in part.keys() - TREE_COLUMNS if given(part[name]))
         return
-    read = {name for columns in form.columns for name in columns} | form.also | COMMON
+    read = form.talk(row).columns | COMMON
     yield from (str(name) for name, value in row.items() if name not in read and given(value))
     for column in read & row.keys():
         turns = row[column] if column not in COMMON else None
-        if isinstance(turns, list):
-            for turn in turns:
-                if isinstance(turn, dict):
-                    yield from (
-                        f"{column}.{key}" for key, value in turn.items() if key not in TURN_FIELDS and given(value)
-                    )
+        for turn in turns if isinstance(turns, list) else [turns]:
+            if isinstance(turn, dict):
+                yield from (f"{column}.{key}" for key, value in turn.items() if key not in TURN_FIELDS and given(value))
 
 
 # The registry ----------------------------------------------------------------------------------------------------
 
 FORMS = (
-    Form(
-        "nested tree",
-        (("prompt",),),
-        OASST_ROLES,
-        lambda row: isinstance(row.get("prompt"), dict),
-        tree_messages,
-        is_tree=True,
-    ),
-    turn_form("messages", "messages"),
-    turn_form("ShareGPT", "conversations"),
-    turn_form("conversation", "conversation"),
-    Form(
+    Form("nested tree", (("prompt",),), OASST_ROLES, lambda row: isinstance(row.get("prompt"), dict), tree_messages),
+    list_form("messages", "messages"),
+    list_form("ShareGPT", "conversations"),
+    list_form("conversation", "conversation"),
+    talk_form(
         "preference",
         (("prompt", "chosen"), ("question", "chosen"), ("instruction", "chosen"), ("input", "chosen"), ("chosen",)),
-        TURN_ROLES,
         lambda row: chosen_columns(row) is not None,
-        chosen_messages,
-        also=frozenset({"rejected"}),
+        preference,
     ),
-    Form(
-        "instruction",
-        INSTRUCTION_COLUMNS,
-        TURN_ROLES,
-        lambda row: instruction_columns(row) is not None,
-        instruction_messages,
-        also=frozenset({*CONTEXT, "history", "label"}),
-    ),
+    talk_form("instruction", INSTRUCTION_COLUMNS, lambda row: instruction_columns(row) is not None, instruction),
     Form(
         "message",
         (("message_id", "text", "role"),),
         OASST_ROLES,
         lambda row: "message_id" in row or {"text", "role"} <= row.keys(),
         lambda row, conversation_id: [flat_message(row)],
-        is_tree=True,
     ),
 )

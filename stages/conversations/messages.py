@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from stages.common.errors import StageError
-from stages.conversations.files import Row, data_files, format_of, known_as, name_in, read_rows, split_of
+from stages.conversations.fields import as_flag, as_number, quality_of, read_field, shown, toxicity_of
+from stages.conversations.files import (
+    Row,
+    data_files,
+    format_of,
+    known_as,
+    name_in,
+    read_rows,
+    split_of,
+    unread_files,
+)
 from stages.conversations.forms import OASST_ROLES, form_of, unknown_form, unread_columns
 from stages.conversations.turns import GREETING, SYSTEM_AT_END, UNSUPPORTED, RefusedRow
 
@@ -17,27 +27,31 @@ from stages.conversations.turns import GREETING, SYSTEM_AT_END, UNSUPPORTED, Ref
 REQUIRED = ("message_id", "text", "role")
 IDS = ("message_id", "parent_id", "message_tree_id")
 UNKNOWN = "unknown"  # the language of a row that states none
-MAX_NUMBER = 1e300  # Python's integers may be too large for a float
-MAX_SHOWN = 40  # characters of a value in an error line
-MAX_LISTED = 20  # columns in a line
+MAX_LISTED = 20  # columns or files in a line
 TURNS_LEFT_OUT = {GREETING: "begin with an answer", SYSTEM_AT_END: "end with a system message"}
 
 
 @dataclass
 class Counts:
-    """What is counted while rows are read: all, those of each form, and those with each column that is not read."""
+    """What is counted while rows are read: all, those of each form, and those with each column that is not read.
+    `files` are the files that are not read."""
 
     rows: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    files: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """What a user should know of it, one line each."""
-        if not self.unread:
-            return []
-        most = self.unread.most_common(MAX_LISTED)
-        listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in most)
-        return [f"columns that are not read: {listed}{', …' * (len(self.unread) > MAX_LISTED)}"]
+        notes = []
+        if self.files:
+            listed = ", ".join(ascii(name)[1:-1] for name in self.files[:MAX_LISTED])
+            notes.append(f"files that are not read: {listed}{', …' * (len(self.files) > MAX_LISTED)}")
+        if self.unread:
+            most = self.unread.most_common(MAX_LISTED)
+            listed = ", ".join(f"{ascii(name)[1:-1]} ({count} rows)" for name, count in most)
+            notes.append(f"columns that are not read: {listed}{', …' * (len(self.unread) > MAX_LISTED)}")
+        return notes
 
 
 def read_messages(
@@ -52,6 +66,7 @@ def read_messages(
     """
     files = data_files(folder, source)
     counts = counts or Counts()
+    counts.files += [name_in(file, folder) for file in unread_files(folder)]
     stems = Counter(stem_of(file, folder) for file in files)
     rows: list[Row] = []
     for file in files:
@@ -69,7 +84,7 @@ def read_messages(
 
 def stem_of(file: Path, folder: Path) -> str:
     """A data file's path inside its folder, without its ending."""
-    return name_in(file, folder).removesuffix(format_of(file).ending)
+    return name_in(file, folder)[: -len(format_of(file).ending)]
 
 
 class Place(NamedTuple):
@@ -118,7 +133,7 @@ def message_row(row: Row, roles: dict[str, str] = OASST_ROLES, split: str | None
     (where a refused row stands and why it is refused), split (as given: that of the file), bad (where the row stands
     and why it is no message; None if it is one).
     """
-    message_id, detoxify = _typed(row, "message_id", str), row.get("detoxify")
+    message_id, problems = _typed(row, "message_id", str), list[str]()
     fields = {
         "message_id": message_id,
         "parent_id": _typed(row, "parent_id", str),
@@ -127,19 +142,19 @@ def message_row(row: Row, roles: dict[str, str] = OASST_ROLES, split: str | None
         "text": _typed(row, "text", str),
         "role": _typed(row, "role", str),
         "lang": _typed(row, "lang", str) or UNKNOWN,
-        "rank": _number(row.get("rank")),
-        "deleted": _typed(row, "deleted", bool, False),
-        "synthetic": _typed(row, "synthetic", bool, False),
-        "review_result": _typed(row, "review_result", bool),
-        "quality": _number(_quality(row.get("labels"))),
-        "toxicity": _number(detoxify.get("toxicity")) if isinstance(detoxify, dict) else None,
+        "rank": read_field(row, "rank", as_number, problems),
+        "deleted": read_field(row, "deleted", as_flag, problems, False),
+        "synthetic": read_field(row, "synthetic", as_flag, problems, False),
+        "review_result": read_field(row, "review_result", as_flag, problems),
+        "quality": read_field(row, "labels", quality_of, problems),
+        "toxicity": read_field(row, "detoxify", toxicity_of, problems),
         "system": _typed(row, "system", str),
         "trained": _typed(row, "trained", bool, True),
         "left_out": _typed(row, "left_out", str),
         "why": None,
         "split": split,
     }
-    problem = bad_field(row, fields, roles)
+    problem = bad_field(row, fields, roles) or next(iter(problems), None)
     fields["role"] = roles.get(fields["role"])
     if problem:
         # pyarrow cannot store invalid Unicode.
@@ -151,22 +166,6 @@ def message_row(row: Row, roles: dict[str, str] = OASST_ROLES, split: str | None
 def _typed(row: Row, name: str, kind: type, default: Any = None) -> Any:
     value = row.get(name)
     return value if isinstance(value, kind) else default
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and abs(value) < MAX_NUMBER else None
-
-
-def _quality(labels: Any) -> Any:
-    """The value of the label `quality`, as the nested export ({quality: {value, count}}) or flat rows have it."""
-    if not isinstance(labels, dict):
-        return None
-    if isinstance(labels.get("quality"), dict):
-        return labels["quality"].get("value")
-    names, values = labels.get("name"), labels.get("value")
-    if isinstance(names, list) and isinstance(values, list):
-        return next((value for name, value in zip(names, values, strict=False) if name == "quality"), None)
-    return None
 
 
 def bad_field(row: Row, fields: Row, roles: dict[str, str]) -> str | None:
@@ -197,11 +196,6 @@ def text_problem(value: Any) -> str | None:
     except UnicodeEncodeError:
         return "half of a surrogate pair"
     return None
-
-
-def shown(value: Any) -> str:
-    """A value as an error line shows it: its beginning, in printable characters."""
-    return ascii(value)[:MAX_SHOWN]
 
 
 def check_bad_rows(messages: pd.DataFrame, max_bad_rows: float, sources: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ What a turn or a row holds besides text (tool calls, images, …) is refused by 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stages.conversations.files import Row
@@ -86,6 +86,16 @@ def is_turns(value: Any) -> bool:
     return bool(listed) and isinstance(listed, list) and all(_has_role(turn) for turn in listed)
 
 
+def as_object_turn(value: Any) -> Row | None:
+    """A single turn with a role, or a JSON string of one, as an object; None where the value is something else."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if _has_role(value) and first_given(value, TEXT_FIELDS) is not None else None
+
+
 def _has_role(turn: Any) -> bool:
     role = first_given(turn, ROLE_FIELDS) if isinstance(turn, dict) else None
     return isinstance(role, str) and role.strip().lower() in {*ROLES, *TOOL_ROLES}
@@ -98,19 +108,24 @@ def refuse_unsupported(fields: Row, place: str) -> None:
             raise RefusedRow(UNSUPPORTED, f"{what} (`{name}`{place}) cannot be trained on")
 
 
-def is_trained(fields: Row, default: bool, place: str) -> bool:
-    """Whether `weight`, `train`, `training` and `loss` of a row or a turn let its answer be trained on.
+def yes_or_no(value: Any) -> bool | None:
+    """What a value of YES_NO says; None for another one."""
+    return YES_NO.get(
+        value.strip().lower() if isinstance(value, str) else value if isinstance(value, int | float) else ""
+    )
+
+
+def is_trained(fields: Row, default: bool, place: str, names: Sequence[str] = ("weight", *SWITCHES)) -> bool:
+    """Whether the fields `names` of a row or a turn let its answer be trained on; `default` where it has none of them.
 
     Raises RefusedRow for a value that is neither yes nor no, such as a weight of 0.5.
     """
     stated = []
-    for name in ("weight", *SWITCHES):
+    for name in names:
         value = fields.get(name)
         if value is None or value != value:
             continue
-        stated.append(
-            YES_NO.get(value.lower() if isinstance(value, str) else value if isinstance(value, int | float) else "")
-        )
+        stated.append(yes_or_no(value))
         if stated[-1] is None:
             raise RefusedRow(UNSUPPORTED, f"`{name}`{place} is {ascii(value)[:40]}; only 0 and 1 can be trained on")
     return all(stated) if stated else default
@@ -166,12 +181,19 @@ def fold_system(turns: list[Turn], own: Any) -> tuple[list[Turn], list[Turn]]:
         if turn.role == "system":
             waiting.append(turn)
         else:
-            folded.append(turn._replace(system=_joined_system([each.text for each in waiting])))
+            folded.append(turn._replace(system=joined_system([each.text for each in waiting])))
             waiting = []
     return folded, waiting
 
 
-def _joined_system(texts: list[Any]) -> Any:
+def unfolded(turns: list[Turn]) -> list[Turn]:
+    """The turns with the system messages before them as turns again."""
+    systems = [[] if turn.system is None else [Turn("system", turn.system)] for turn in turns]
+    return [each for before, turn in zip(systems, turns, strict=True) for each in (*before, turn._replace(system=None))]
+
+
+def joined_system(texts: list[Any]) -> Any:
+    """System messages as one, each text once; None where there is none, the list itself where one is no text."""
     texts = [text for text in texts if text is not None]
     if not all(isinstance(text, str) for text in texts):
         return texts
@@ -189,7 +211,7 @@ def without_greeting(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
     greeting, others = turns[:count], turns[count:]
     systems = [turn.system for turn in (*greeting, *others[:1]) if turn.system is not None]
     if greeting and others and systems:
-        others = [others[0]._replace(system=_joined_system(systems)), *others[1:]]
+        others = [others[0]._replace(system=joined_system(systems)), *others[1:]]
     return greeting, others
 
 

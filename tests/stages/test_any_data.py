@@ -33,6 +33,8 @@ MORE = [{"tool_calls": [{"id": "c"}]}, {"reasoning_content": "hm"}, {"weight": 0
 ROLES = ["user", "assistant", "user", "assistant", "system"]
 ROLE_NAMES = {"user": ["user", "human"], "assistant": ["assistant", "gpt", "Model"], "system": ["system", "developer"]}
 LISTS = [("messages", "role", "content"), ("conversations", "from", "value"), ("conversation", "role", "content")]
+ANSWERS = ["chosen", "completion", "response"]  # the answer to a list of turns may stand in one of them
+LABELS: list[Any] = [True, "True", 1, False, "False", 0]
 PAIRS = [("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "chosen")]
 
 
@@ -50,6 +52,7 @@ class DrawnRow(NamedTuple):
     roles: list[str]  # of each
     trained: dict[str, bool]  # each answer's word: whether the data let it be trained on
     is_refused: bool  # holds more than text
+    is_deleted: bool
 
 
 tokenizer_of = cache(lambda name: tokenizer_for(template_of(name)))
@@ -62,21 +65,39 @@ def as_turn(draw, turn: Drawn, keys: tuple[str, str]) -> dict[str, Any]:
 
 
 def as_listed(draw, turns: list[Drawn]) -> dict[str, Any]:
-    """A row with a column of turns, which may be a JSON string."""
+    """A row with a column of turns, which may be a JSON string, and of which the last answer may stand beside it."""
     column, role, content = draw(st.sampled_from(LISTS))
     listed = [as_turn(draw, turn, (role, content)) for turn in turns]
-    return {column: json.dumps(listed) if draw(st.booleans()) else listed}
+    beside = {}
+    if [turn.role for turn in turns[-2:]] == ["user", "assistant"] and draw(st.booleans()):
+        answers = [listed[-1], listed[-1:], *([] if turns[-1].flags else [turns[-1].text])]
+        beside[draw(st.sampled_from(ANSWERS))] = draw(st.sampled_from(answers))
+        listed = listed[:-1]
+    return {column: json.dumps(listed) if draw(st.booleans()) else listed, **beside}
 
 
 def as_columns(draw, turns: list[Drawn]) -> dict[str, Any]:
-    """A row of a history, a question and an answer; the turns alternate and have no flags."""
+    """A row of a history, a question and an answer; the turns alternate and have no flags. An answer that is a list may
+    repeat the end of its prompt."""
     question, answer = draw(st.sampled_from(PAIRS))
-    if draw(st.booleans()) or answer == "chosen":
+    rejected = {"rejected": "No."} if answer == "chosen" else {}
+    if draw(st.booleans()):
         before = [{"role": turn.role, "content": turn.text} for turn in turns[:-1]]
-        after = [{"role": "assistant", "content": turns[-1].text}]
-        return {question: before, answer: after, **({"rejected": "No."} if answer == "chosen" else {})}
+        repeated = draw(st.sampled_from([[], before[-1:], before]))
+        return {question: before, answer: [*repeated, {"role": "assistant", "content": turns[-1].text}], **rejected}
     pairs = [[one.text, two.text] for one, two in zip(turns[:-2:2], turns[1:-2:2], strict=True)]
-    return {question: turns[-2].text, answer: turns[-1].text, "history": pairs}
+    return {question: turns[-2].text, answer: turns[-1].text, "history": pairs, **rejected}
+
+
+def flags_of_row(draw, row: dict[str, Any], in_columns: bool) -> tuple[dict[str, Any], bool, bool]:
+    """A row's own columns, whether its answers are trained on where they do not say so, and whether it is deleted."""
+    flags = draw(st.sampled_from(FLAGS)) if draw(st.integers(0, 4)) == 0 else {}
+    trained = all(flags.values())
+    if in_columns and "chosen" not in row and draw(st.integers(0, 2)) == 0:
+        label = draw(st.sampled_from(LABELS))
+        flags, trained = {**flags, "label": label}, trained and label not in (False, "False")
+    deleted = draw(st.sampled_from([*[None] * 8, *LABELS]))
+    return flags | {"deleted": deleted}, trained, deleted in (True, "True")
 
 
 @st.composite
@@ -94,19 +115,24 @@ def drawn_rows(draw, number: int) -> DrawnRow:
         flags[0] = draw(st.sampled_from(MORE))
     turns = [Drawn(*each) for each in zip(roles, texts, flags, strict=True)]
     row = as_columns(draw, turns) if in_columns else as_listed(draw, turns)
-    default = True
-    if draw(st.integers(0, 4)) == 0:
-        row |= (flag := draw(st.sampled_from(FLAGS)))
-        default = all(flag.values())
+    prompt = next((row[name] for name, _ in PAIRS if name in row), None)
+    if isinstance(prompt, str) and draw(st.booleans()):
+        row[draw(st.sampled_from(["input", "context"]))] = context = f"w{number}x98"
+        words, roles = [*words[:-1], context, words[-1]], [*roles[:-1], "user", roles[-1]]
+    columns, default, is_deleted = flags_of_row(draw, row, in_columns)
+    row |= columns
     if draw(st.integers(0, 2)) == 0:
         words, roles = [f"w{number}x99", *words], ["system", *roles]
-        row["system"] = words[0]
+        if isinstance(prompt, list) and draw(st.booleans()):
+            prompt.insert(0, {"role": "system", "content": words[0]})
+        else:
+            row[draw(st.sampled_from(["system", "system_prompt"]))] = words[0]
     trained = {
         WORD.findall(turn.text)[0]: all(turn.flags.values()) if turn.flags else default
         for turn in turns
         if turn.role == "assistant"
     }
-    return DrawnRow(row, words, roles, trained, is_refused)
+    return DrawnRow(row, words, roles, trained, is_refused, is_deleted)
 
 
 def write(folder: Path, ending: str, rows: list[dict[str, Any]]) -> None:
@@ -123,7 +149,7 @@ def write(folder: Path, ending: str, rows: list[dict[str, Any]]) -> None:
             table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             table.writeheader()
             for row in rows:
-                table.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()})
+                table.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items() if v is not None})
 
 
 def lost_words(drawn: DrawnRow) -> set[str]:
@@ -174,7 +200,7 @@ def test_what_is_trained_is_what_the_data_say(name, ending, data):
     for number, each in enumerate(drawn, 1):
         conversation = kept.get(f"train-{number}")
         if conversation is not None:
-            assert not each.is_refused
+            assert not each.is_refused and not each.is_deleted
             check_kept(each, conversation)
 
     tokenizer = tokenizer_of(name)
