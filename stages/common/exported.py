@@ -45,9 +45,11 @@ class Exported:
             settings.set_search_options(max_length=len(prompt) + max_new_tokens, batch_size=1, do_sample=False)
             generator = og.Generator(self._model, settings)
             generator.append_tokens(np.array(prompt, dtype=np.int32))
+            answer = []
             while not generator.is_done():
                 generator.generate_next_token()
-            found.append([int(token) for token in generator.get_sequence(0)[len(prompt) :]])
+                answer.append(int(generator.get_next_tokens()[0]))  # the generator's own sequence lacks the end token
+            found.append(answer)
         return found
 
     def agreement(self, prompts: list[list[int]], answers: list[list[int]]) -> float:

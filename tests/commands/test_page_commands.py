@@ -1,6 +1,5 @@
 """Every command in every page is one that there is: targets, programs, options, tests and benchmarks."""
 
-import json
 import os
 import re
 import shlex
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 from dvc.cli import parse_args
 
-from bench import train
 from stages.common.schema import Params
 from tests.support.pages import COMMANDS, EXAMPLES, INVENTED, PAGES, of, prose, text_of
 from tests.support.project import PIPELINE, ROOT
@@ -101,11 +99,6 @@ def test_activating_lends_git_an_identity_only_where_there_is_none(tmp_path):
 
     assert activated("") == "ada ada@localhost"
     assert activated("[user]\nname = Ada\nemail = ada@example.com\n") == ""
-
-
-def test_the_table_of_training_speed_is_that_of_the_last_results():
-    shown = train.PAGE.read_text(encoding="utf-8").partition(train.START)[2].partition(train.END)[0]
-    assert shown == train.table(json.loads(train.RESULTS.read_text(encoding="utf-8")))
 
 
 def test_every_benchmark_is_named():

@@ -91,6 +91,7 @@ def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path
     prompts = [x[:5] for x in ids]
     answers = greedy_answers(model, tokenizer, prompts, 32, batch_size=1)
     assert exported.agreement(prompts, answers) == 1
+    assert exported.answers(prompts, 32) == answers  # with the end token of those that end
     wrong = [list(range(100, 100 + len(answer))) for answer in answers]  # so small a model says one token over and over
     assert exported.agreement(prompts, wrong) < 0.2
 
