@@ -22,7 +22,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from stages.common.adapters import add_adapter, lora_config
 from stages.common.errors import StageError, first_line
-from stages.common.fused import SharedInput, fuse_lora, has_plain_head, supervised_nll
 from stages.common.model_files import empty_model, linear_layers
 from stages.common.models import load_model, quantization_config, torch_dtype, training_dtype
 from stages.common.schema import TrainParams
@@ -82,13 +81,11 @@ def use_training_head(model: PreTrainedModel) -> None:
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
-def training_loss(model: Any, ids: Any, dtype: torch.dtype, on_gpu: bool) -> Any:
-    """The loss of a batch (conversations, tokens), all supervised, as the trainer computes it in `dtype`.
+def training_loss(model: Any, ids: Any) -> Any:
+    """The loss of a batch (conversations, tokens), all supervised, as SFTTrainer computes it.
 
     `model` has the training head, with or without an adapter over it.
     """
-    if not on_gpu and has_plain_head(model.config):
-        return supervised_nll(model, {"input_ids": ids, "labels": ids}, dtype)
     return model(input_ids=ids, attention_mask=ids.new_ones(ids.shape), labels=ids, fused_lm_head=True).loss
 
 
@@ -98,18 +95,12 @@ def checkpoint_activations(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def kept_weights(fused: list[SharedInput]) -> list[torch.Tensor]:
-    """The dequantised weights and biases that fused layers hold."""
-    return [tensor for shared in fused if shared.kept for tensor in shared.kept if tensor is not None]
-
-
 def step_bytes(config: PretrainedConfig, params: TrainParams, tokens: int, on_gpu: bool = False) -> int:
     """Peak memory of a forward and a backward pass of SFTTrainer beyond weights: activations and gradients.
 
     The batch is padded to `tokens`. `on_gpu`: with the output layer's fused kernels, which work in place.
     """
-    dtype = torch.bfloat16 if training_dtype(params.fp16, params.bf16) != "float32" else torch.float32
-    mixed_precision = dtype != torch.float32
+    mixed_precision = training_dtype(params.fp16, params.bf16) != "float32"
     # FlashAttention needs the memory of sdpa's fused kernels, and runs only on a GPU.
     attention = "eager" if params.attn_implementation == "eager" else "sdpa"
 
@@ -120,23 +111,20 @@ def step_bytes(config: PretrainedConfig, params: TrainParams, tokens: int, on_gp
                 module.to(torch.bfloat16)
         use_training_head(model)
         model = get_peft_model(model, lora_config(params), low_cpu_mem_usage=True)
-        fused: list[SharedInput] = []
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             model.train()
-            if not on_gpu:
-                fused = fuse_lora(model, dtype, keep=True)  # weights: counted elsewhere
             if params.gradient_checkpointing:
                 checkpoint_activations(model)
             ids = torch.zeros(params.per_device_train_batch_size, tokens, dtype=torch.long)
             live = LiveBytes()
-            live.ignore([*model.parameters(), *model.buffers(), *kept_weights(fused)])
+            live.ignore([*model.parameters(), *model.buffers()])
             with live.mode, ExitStack() as kernels:
                 if on_gpu:
                     for name in ("_forward_tile", "_backward_tile"):
                         kernels.enter_context(patch(f"trl.kernels.chunked_logprob.{name}", lambda *_, **__: None))
                 with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
-                    loss = training_loss(model, ids, dtype, on_gpu)
+                    loss = training_loss(model, ids)
                 loss.backward()
         return live.peak
 
@@ -169,9 +157,6 @@ def seconds_of_a_batch(base: Path, params: TrainParams, tokens: int) -> float:
     model = load_model(base, dtype, quantization=quantization, attn_implementation=params.attn_implementation)
     use_training_head(model)
     model = add_adapter(model, params).train()
-    on_gpu = model.device.type != "cpu"
-    if not on_gpu:
-        fuse_lora(model, dtype, params.dequantize_once)
     if params.gradient_checkpointing:
         checkpoint_activations(model)
     ids = torch.zeros(params.per_device_train_batch_size, tokens, dtype=torch.long, device=model.device)
@@ -179,7 +164,7 @@ def seconds_of_a_batch(base: Path, params: TrainParams, tokens: int) -> float:
     for _ in range(2):
         started = time.perf_counter()
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            loss = training_loss(model, ids, dtype, on_gpu)
+            loss = training_loss(model, ids)
         loss.backward()
         if model.device.type == "cuda":
             torch.cuda.synchronize()

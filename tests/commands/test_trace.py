@@ -44,6 +44,7 @@ def test_a_traced_step_holds_what_a_real_one_does(model, checkpointed, mixed, re
     """A step of SFTTrainer itself, over real tensors and all layers: the trace extends two and four."""
     # So narrow that the output layer's buffer, of a fixed width, does not hide everything else.
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    monkeypatch.setattr("stages.common.trainer.fuse_lora", lambda *_: [])  # the trace is of PEFT's layers
     recipe = {"tiny_llama": "smollm2-cpu", "tiny_phi": "phi2-oasst1"}[model]
     settings = {"target_modules": ["q_proj", "v_proj"], "lora_r": 4, "lora_dropout": 0.1}
     changes = {"fp16": False, "bf16": mixed, "load_in_4bit": False, "gradient_checkpointing": checkpointed}
@@ -60,6 +61,7 @@ def test_a_traced_step_holds_what_a_real_one_does(model, checkpointed, mixed, re
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token_id = 1
     trainer = build_trainer(add_adapter(network, params), params, tmp_path, (rows, rows), tokenizer)
+    trainer.is_fast = False
     wrapped = trainer.accelerator.prepare(trainer.model)
     if checkpointed:
         checkpoint_activations(wrapped)
@@ -114,9 +116,9 @@ def test_less_is_planned_for_less(phi2):
 def test_a_batch_is_timed_with_the_parameters_of_the_run(checkpointed, tiny_llama, monkeypatch):
     seen = []
 
-    def spy(model, ids, dtype, on_gpu):
+    def spy(model, ids):
         seen.append((ids.shape, model.training, model.is_gradient_checkpointing))
-        return training_loss(model, ids, dtype, on_gpu)
+        return training_loss(model, ids)
 
     monkeypatch.setattr(trace, "training_loss", spy)
     seconds = trace.seconds_of_a_batch(

@@ -35,7 +35,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "dataset_weights": [0.5],
         "max_bad_rows": 0.5,
         "unsupported_rows": "skip",
-        "threads": "best",
+        "threads": "all",
         "tree_states": [],
         "languages": ["de"],
         "detect_languages": True,
