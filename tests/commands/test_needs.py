@@ -86,7 +86,8 @@ def test_the_plans_of_the_measured_runs_are_within_15_percent(phi2):
     """Peaks in GiB that `python -m bench.plan` and `python -m bench.phi2_full_size` measured; see docs/measurements.md
     and docs/reference-recipe.md."""
     smollm2 = recorded_config("smollm2-135m-instruct")
-    assert peaks(smollm2, EMBEDDED, 255)["train"].cpu / GIB == pytest.approx(5.67, rel=0.15)
+    measured = EMBEDDED.model_copy(update={"lora_dropout": 0.05})  # the recipe of that run
+    assert peaks(smollm2, measured, 255)["train"].cpu / GIB == pytest.approx(5.67, rel=0.15)
     full_size = REFERENCE.model_copy(
         update={"fp16": False, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 256}
     )

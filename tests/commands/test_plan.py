@@ -192,10 +192,10 @@ def test_steps_tokens_and_time_are_said_from_a_measured_batch(in_the_project, mo
     monkeypatch.setattr(plan, "seconds_of_a_batch", lambda base, params, tokens: 6.0 if tokens == 150 else 1e9)
     plan.main()
     said = capsys.readouterr().out
-    assert "10 steps, 160 conversations, at most 40,960 tokens" in said
-    assert "1.6 passes over data/tokenized: 100 conversations, 200 tokens at most, 150 in a batch on average" in said
-    # 40 batches of 6 s; three evaluations of ten batches each, of which each is a third of a step's work.
-    assert "about 4 minutes of training steps, about 1 minutes of 3 evaluations, at the 6.0 s measured" in said
+    assert "40 steps, 640 conversations, at most 163,840 tokens" in said
+    assert "6.4 passes over data/tokenized: 100 conversations, 200 tokens at most, 150 in a batch on average" in said
+    # 160 batches of 6 s; nine evaluations of ten batches each, of which each is a third of a step's work.
+    assert "about 16 minutes of training steps, about 3 minutes of 9 evaluations, at the 6.0 s measured" in said
 
 
 def test_what_does_not_fit_is_red_on_a_terminal(monkeypatch):

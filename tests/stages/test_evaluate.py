@@ -153,4 +153,4 @@ def test_committed_metrics_show_a_better_model():
         assert metrics == headline(evaluation)
         assert evaluation["difference"]["loss_ci95_high"] < 0
         assert evaluation["tuned"]["perplexity"] < evaluation["base"]["perplexity"]
-        assert "excludes zero" in "\n".join(table(evaluation))
+        assert "excludes zero" in "\n".join(table(evaluation, read_json(ROOT / "reports/exported.json")))
