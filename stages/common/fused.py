@@ -185,25 +185,20 @@ class SupervisedNll(torch.autograd.Function):
         return (grad * outer).to(ctx.dtype), None, None, None
 
 
-def supervised_nll(
-    model: PeftModel, batch: Mapping[str, Tensor], dtype: torch.dtype, all_supervised: bool = False
-) -> Tensor:
+def supervised_nll(model: PeftModel, batch: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The sum of the negative log-likelihoods of the supervised tokens of a batch, in nats.
 
     `batch` has input_ids and labels, of shape (conversations, tokens). It is padded on the right: no token sees what
     follows it, so no attention mask is needed. Or it is one row without padding, whose position_ids begin anew with
-    each conversation: transformers keeps these apart. `all_supervised`: no label is UNSUPERVISED.
+    each conversation: transformers keeps these apart.
     """
     causal = model.get_base_model()
     head = causal.get_output_embeddings()
     positions, labels = batch.get("position_ids"), batch["labels"][:, 1:]
     output = causal.base_model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False)
-    hidden = output.last_hidden_state[:, :-1]
-    weight, bias = (None if each is None else each.detach().to(dtype) for each in (head.weight, head.bias))
-    if all_supervised:
-        return SupervisedNll.apply(hidden.flatten(0, 1), weight, bias, labels.flatten())
     supervised = labels != UNSUPERVISED
-    return SupervisedNll.apply(hidden[supervised], weight, bias, labels[supervised])
+    weight, bias = (None if each is None else each.detach().to(dtype) for each in (head.weight, head.bias))
+    return SupervisedNll.apply(output.last_hidden_state[:, :-1][supervised], weight, bias, labels[supervised])
 
 
 def has_plain_head(config: PretrainedConfig) -> bool:
