@@ -44,12 +44,13 @@ def peaks(config: PretrainedConfig, params: Params, tokens: int) -> dict[str, Pe
         max(step_bytes(config, params, tokens, on_gpu=gpu), scoring) + dequantised for gpu in (False, True)
     )
     trained = memory.weight_bytes(shape, dtype, four_bit, double) + adapter
+    kept = shape.quantised * memory.dtype_bytes(dtype) if params.dequantize_once and four_bit else 0  # on a CPU alone
     merged = memory.merge_bytes(shape, params.merge_base, double)
     evaluated = memory.weight_bytes(shape, params.eval_dtype, False, False)
     stored = file_dtype(config)
     mapped = shape.parameters * memory.dtype_bytes(stored)
     loading = memory.load_peak(shape, dtype, stored, four_bit, double)
-    stepping = memory.LIBRARIES + trained + round(memory.FRAGMENTATION * working)
+    stepping = memory.LIBRARIES + trained + kept + round(memory.FRAGMENTATION * working)
     # Export builds in one process, and then scores the model in float32 in its own.
     building = round(memory.EXPORTING * shape.parameters * memory.dtype_bytes("float32"))
     scoring_export = scoring_bytes(config, EXPORT_BATCH, tokens)
@@ -117,6 +118,8 @@ def smaller(params: Params) -> Iterator[dict[str, Any]]:
     """Changes of parameters that save memory, the least harmful first. Each one is added to those before it."""
     if params.merge_base == "dequantized":
         yield {"merge_base": "original"}
+    if params.dequantize_once:
+        yield {"dequantize_once": False}
     if not params.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     batch, evaluated = params.per_device_train_batch_size, params.per_device_eval_batch_size

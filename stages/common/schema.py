@@ -129,7 +129,7 @@ class TrainParams(QuantizationParams):
         description="Attention kernel: sdpa, eager or flash_attention_2."
     )
     dequantize_once: bool = Field(
-        default=True,
+        default=False,
         description="On a CPU, keep the dequantised weights: the same numbers, faster, for 2 or 4 bytes a weight.",
     )
     lora_r: Positive = Field(description="Rank of the LoRA matrices.")

@@ -86,7 +86,7 @@ def test_the_plans_of_the_measured_runs_are_within_15_percent(phi2):
     """Peaks in GiB that `python -m bench.plan` and `python -m bench.phi2_full_size` measured; see docs/measurements.md
     and docs/reference-recipe.md."""
     smollm2 = recorded_config("smollm2-135m-instruct")
-    measured = EMBEDDED.model_copy(update={"lora_dropout": 0.05})  # the recipe of that run
+    measured = EMBEDDED.model_copy(update={"lora_dropout": 0.05, "dequantize_once": False})  # the recipe of that run
     assert peaks(smollm2, measured, 255)["train"].cpu / GIB == pytest.approx(5.67, rel=0.15)
     full_size = REFERENCE.model_copy(
         update={"fp16": False, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 256}
@@ -135,3 +135,12 @@ def test_a_model_of_a_folder_is_copied_and_not_downloaded(phi2):
     base = 2_779_683_840 * 2
     assert (before["download"], local["download"], there["download"]) == (base, 0, 0)
     assert before["outputs"] == local["outputs"] == there["outputs"] + base
+
+
+def test_kept_weights_are_in_the_plan():
+    smollm2 = recorded_config("smollm2-135m-instruct")
+    kept, not_kept = (
+        peaks(smollm2, EMBEDDED.model_copy(update={"dequantize_once": once}), 255)["train"] for once in (True, False)
+    )
+    linear = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # of 30 layers, 4 bytes each
+    assert kept.cpu - not_kept.cpu == 4 * linear and kept.gpu == not_kept.gpu
