@@ -79,7 +79,7 @@ def test_the_plan_of_the_embedded_recipe_fits_a_laptop(in_the_project, capsys):
 def test_what_does_not_fit_is_said_with_the_nearest_change(in_the_project, capsys):
     in_the_project("smollm2-cpu", Machine(cores=2, memory=3 * GIB, disk=100 * GIB, gpu=None))
     with pytest.raises(
-        StageError, match="(?s)train: needs [45].*The nearest change that fits: gradient_checkpointing: true"
+        StageError, match="(?s)train: needs [45].*The nearest change that fits: dequantize_once: false, gradient_checkpointing: true"
     ) as e:
         plan.main()
     assert "TOO MUCH: there are 3.0 GiB" in capsys.readouterr().out
