@@ -10,16 +10,13 @@ from stages.common.chat import end_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Prompts answered at once: a pass reads all weights, for one answer or for many.
-BATCH = 32
-
 
 def greedy_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[list[int]],
     max_new_tokens: int,
-    batch_size: int = BATCH,
+    batch_size: int,
 ) -> list[list[int]]:
     """The token ids of the greedy answer to each prompt, with its end token where it ends within `max_new_tokens`.
 
