@@ -150,9 +150,10 @@ def _forward(shared: SharedInput, number: int) -> Any:
 
 
 def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is PEFT's LoRA of a linear layer, of no variant (DoRA and the like) and without a bias of B."""
     if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), nn.Linear):
         return False
-    return ADAPTER in layer.lora_A and not layer.use_dora.get(ADAPTER)
+    return ADAPTER in layer.lora_A and ADAPTER not in layer.lora_variant and layer.lora_B[ADAPTER].bias is None
 
 
 class SupervisedNll(torch.autograd.Function):

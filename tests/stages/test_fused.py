@@ -100,6 +100,15 @@ def test_layers_of_another_kind_stay_pefts(tiny_llama):
     assert supervised_nll(model, BATCH, torch.float32).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_layer_whose_adapter_has_a_bias_stays_pefts(tiny_llama):
+    model = adapted(tiny_llama)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].bias = torch.nn.Parameter(torch.ones(layer.out_features))
+    expected = plain_nll(model).item()
+    assert all(layer not in shared.layers for shared in fuse_lora(model, torch.float32, keep=True))
+    assert supervised_nll(model, BATCH, torch.float32).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_model_that_changes_its_logits_keeps_its_own_loss(tiny_llama):
     config = adapted(tiny_llama).config
     assert has_plain_head(config)

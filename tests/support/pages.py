@@ -9,8 +9,7 @@ from tests.support.project import ROOT
 
 README = ROOT / "README.md"
 PAGES = sorted([README, *ROOT.glob("docs/*.md"), *ROOT.glob("data/*/README.md"), ROOT / "models/README.md"])
-# Names of the walk-throughs in docs/contributing.md: a stage and a parameter that a reader would add.
-INVENTED = {"judge", "use_dora"}
+INVENTED = {"judge"}  # a stage that a reader of docs/contributing.md would add
 EXAMPLES = {
     "data/local/mine.jsonl",
     "data/local/mine.jsonl.dvc",

@@ -28,9 +28,16 @@ def places(lines: list[str]) -> list[list[str]]:
 
 
 def apply(changes: dict[str, list[str]], folder: Path) -> None:
-    """Change the files in `folder`: of each line with its sign, ` ` and `-` are there before, ` ` and `+` after."""
+    """Change the files in `folder`: of each line with its sign, ` ` and `-` are there before, ` ` and `+` after.
+
+    A file that is not there is new: all of its lines have a `+`.
+    """
     for name, part in changes.items():
         path = folder / name
+        if not path.exists():
+            assert all(line.startswith("+") for line in part), f"{PAGE} changes {name}, which is not there"
+            path.write_text("".join(f"{line[1:]}\n" for line in part), encoding="utf-8")
+            continue
         for lines in places(part):
             text = path.read_text(encoding="utf-8")
             before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in signs) for signs in (" -", " +"))

@@ -1,34 +1,51 @@
 """The walk-throughs of docs/contributing.md: what they change is enough, in a copy of the project."""
 
+import functools
 import json
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
 import pytest
 
-from tests.support.project import ROOT, Project, stages_run
+from tests.support.project import ROOT, Project, error_line, stages_run
 from tests.support.rows import message, small_trees, write_jsonl
 from tests.support.walkthroughs import apply, walkthrough
 
-FILTER, FORM, METRIC, VARIANT = "Add a filter", "Add a form of data", "Add a metric", "Add a LoRA variant"
-ALSO = ("docs", "tests", "bench")  # what a project's copy for a pipeline lacks
+FILTER, FORM, SOURCE, STAGE = "Add a filter", "Add a form of data", "Add a source", "Add a stage"
+METRIC, VARIANT = "Add a metric", "Add a LoRA variant"
+ALSO = ("docs", "tests", "bench", "requirements.txt")  # what a project's copy for a pipeline lacks
 
 
 def changed(project: Project, heading: str) -> Project:
     for name in ALSO:
-        shutil.copytree(ROOT / name, project.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, project.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, project.folder / name)
     apply(walkthrough(heading), project.folder)
     project.run("commands", "docs")
     project.run("commands", "docs", "--check")
+    project.run("ruff", "check", "--no-cache")
+    project.run("ruff", "format", "--check", "--no-cache")
     return project
 
 
-def test_the_files_of_a_walk_through_are_in_its_table():
-    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
-    for heading in (FILTER, FORM, METRIC, VARIANT):
-        section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-        table = "".join(line for line in section.splitlines() if line.startswith("|"))
-        assert all(f"`{name}`" in table for name in walkthrough(heading))
+@pytest.mark.parametrize("heading", [FILTER, FORM, SOURCE, STAGE, METRIC, VARIANT])
+def test_a_walk_through_fits_its_table_and_the_code(heading, tmp_path):
+    changes = walkthrough(heading)
+    section = (
+        (ROOT / "docs/contributing.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    )
+    table = "".join(line for line in section.splitlines() if line.startswith("|"))
+    assert all(f"`{name}`" in table for name in changes)
+    for name in changes:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copyfile(ROOT / name, tmp_path / name)
+    apply(changes, tmp_path)
+    assert all((tmp_path / name).read_text(encoding="utf-8") for name in changes)
 
 
 @pytest.mark.slow
@@ -71,6 +88,40 @@ def test_a_new_form_is_read(tiny_project):
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_a_new_source_is_fetched_and_pinned(tiny_project):
+    project = changed(tiny_project, SOURCE)
+    rows = write_jsonl(project.folder.parent / "web/trees.jsonl", small_trees(40))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=rows.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{rows.name}"
+        project.set(dataset=address, dataset_revision="sha256:" + "0" * 64)
+        line = error_line(project.run("dvc", "repro", "fetch", check=False))
+        project.set(dataset_revision=line.rpartition(" ")[2])
+        project.run("dvc", "repro", "fetch")
+        server.shutdown()
+    (fetched,) = (project.folder / "data/raw").rglob(rows.name)
+    assert fetched.read_bytes() == rows.read_bytes()
+    tests = ["tests/stages/test_fetch.py", "tests/commands/test_troubleshooting.py", "tests/whole/test_structure.py"]
+    project.run("pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_new_stage_runs_after_the_others(finished_project):
+    project = changed(finished_project, STAGE)
+    assert stages_run(project.run("dvc", "repro").stdout) == ["judge"]
+    samples = json.loads((project.folder / "reports/samples.json").read_text(encoding="utf-8"))
+    judged = json.loads((project.folder / "reports/judged.json").read_text(encoding="utf-8"))
+    assert set(judged) == {"base", "tuned"} and all(0 <= count <= len(samples) for count in judged.values())
+    said = project.run("dvc", "exp", "run", "-S", "judge_max_words=1").stdout
+    assert stages_run(said) == ["judge"]
+    tests = ["tests/stages/test_judge.py", "tests/stages/test_params.py", "tests/whole/test_structure.py"]
+    project.run("pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests)
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_metric_is_in_the_report(finished_project):
     project = changed(finished_project, METRIC)
     assert stages_run(project.run("dvc", "repro", "evaluate").stdout) == ["evaluate"]
@@ -85,12 +136,11 @@ def test_a_new_lora_variant_is_trained_merged_and_planned(tiny_project):
     project = changed(tiny_project, VARIANT)
     project.run("dvc", "repro", "fetch")
     line = {}
-    for used in (False, True):
-        project.set(use_dora=used)
+    for excluded in (None, r".*\.layers\.0\..*"):
+        project.set(exclude_modules=excluded)
         said = project.run("commands", "plan", "--no-probe").stdout
-        (line[used],) = [part for part in said.splitlines() if part.startswith("  weights ")]
-    # A magnitude for each output of each adapted layer.
-    count = {used: int(text.split("base, ")[1].split(" ")[0].replace(",", "")) for used, text in line.items()}
-    assert count[True] > count[False]
+        (line[excluded],) = [part for part in said.splitlines() if part.startswith("  weights ")]
+    every, half = (int(text.split("base, ")[1].split(" ")[0].replace(",", "")) for text in line.values())
+    assert half == every / 2  # one of two layers
     project.run("pytest", "-p", "no:cacheprovider", "tests/stages/test_merge.py", "-k", "merged_is_base_plus_adapter")
     project.run("pytest", "-p", "no:cacheprovider", "tests/stages/test_train.py", "-k", "reaches_its_library")
