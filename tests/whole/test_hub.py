@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 
 from stages.common.artifacts import digest_files
-from tests.support.hub_repositories import ALL_TREES, REFERENCE
+from tests.support.hub_repositories import ALL_TREES, REFERENCE, SMALLER
 from tests.support.project import STAGES, error_line, stages_run
 from tests.support.rows import write_jsonl
 
@@ -33,6 +34,21 @@ def test_the_reference_recipe_runs_from_the_hub(reference, hub, home):
     assert len(hub.requests) == before
     assert digest_files(fetched) == bytes_before
     assert not (home / "token").exists()
+
+
+def test_the_best_recipe_runs_from_the_hub(reference, hub):
+    project, run = reference
+    run("commands", "recipe", "phi2-oasst1-best")
+    # bf16 stays as the recipe has it: a CPU computes it, too.
+    project.set(**{**SMALLER, "max_steps": None, "num_train_epochs": 2.0})
+    assert stages_run(run("dvc", "repro").stdout) == STAGES
+    config = json.loads((project.folder / "models/adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (64, 16)
+    assert config["target_modules"] == ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"]
+    training = json.loads((project.folder / "models/adapter/training.json").read_text())
+    assert training["steps"] == 4  # two passes over 24 conversations, 16 a step
+    losses = pd.read_csv(project.folder / "reports/loss/validation.csv", index_col="step")["loss"]
+    assert losses[training["adapter_of_step"]] == losses.loc[1:].min() == training["held_out_loss_after"]
 
 
 def test_the_hubs_splits_its_export_and_a_file_of_ones_own_are_mixed_by_weights(reference, hub):
