@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from commands.trace import scoring_bytes, step_bytes
+from commands.trace import answering_bytes, scoring_bytes, step_bytes
 from stages.common import memory
 from stages.common.adapters import lora_config
 from stages.common.machine import Machine
@@ -47,6 +47,8 @@ def peaks(config: PretrainedConfig, params: Params, tokens: int) -> dict[str, Pe
     kept = shape.quantised * memory.dtype_bytes(dtype) if params.dequantize_once and four_bit else 0  # on a CPU alone
     merged = memory.merge_bytes(shape, params.merge_base, double)
     evaluated = memory.weight_bytes(shape, params.eval_dtype, False, False)
+    read = tokens + params.max_new_tokens
+    evaluating = max(scoring, answering_bytes(config, params.answer_batch_size, read, params.eval_dtype))
     stored = file_dtype(config)
     mapped = shape.parameters * memory.dtype_bytes(stored)
     loading = memory.load_peak(shape, dtype, stored, four_bit, double)
@@ -62,8 +64,8 @@ def peaks(config: PretrainedConfig, params: Params, tokens: int) -> dict[str, Pe
         "train": Peak(max(loading, stepping), memory.CUDA_CONTEXT + trained + working_gpu),
         "merge": Peak(memory.LIBRARIES + merged + (mapped if stored != "float32" else 0), memory.CUDA_CONTEXT + merged),
         "evaluate": Peak(
-            memory.LIBRARIES + evaluated + max(mapped, round(memory.FRAGMENTATION * scoring)),
-            memory.CUDA_CONTEXT + evaluated + scoring,
+            memory.LIBRARIES + evaluated + max(mapped, round(memory.FRAGMENTATION * evaluating)),
+            memory.CUDA_CONTEXT + evaluated + evaluating,
         ),
         "export": Peak(memory.LIBRARIES + max(building, measuring), None),
     }
@@ -123,14 +125,16 @@ def smaller(params: Params) -> Iterator[dict[str, Any]]:
     if not params.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     batch, evaluated = params.per_device_train_batch_size, params.per_device_eval_batch_size
-    while batch > 1 or evaluated > 1:
+    answered = params.answer_batch_size
+    while batch > 1 or evaluated > 1 or answered > 1:
         batch = batch // 2 if batch % 2 == 0 else 1  # the same conversations in a step
-        evaluated = max(1, evaluated // 2)
+        evaluated, answered = max(1, evaluated // 2), max(1, answered // 2)
         steps = params.per_device_train_batch_size * params.gradient_accumulation_steps // batch
         yield {
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": steps,
             "per_device_eval_batch_size": evaluated,
+            "answer_batch_size": answered,
         }
     if params.eval_dtype == "float32":
         yield {"eval_dtype": "bfloat16"}

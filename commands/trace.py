@@ -22,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from stages.common.adapters import add_adapter, lora_config
 from stages.common.errors import StageError, first_line
+from stages.common.memory import dtype_bytes
 from stages.common.model_files import empty_model, linear_layers
 from stages.common.models import load_model, quantization_config, torch_dtype, training_dtype
 from stages.common.schema import TrainParams
@@ -148,6 +149,29 @@ def scoring_bytes(config: PretrainedConfig, batch_size: int, tokens: int) -> int
         return live.peak
 
     return _extended(config, peak)
+
+
+def answering_bytes(config: PretrainedConfig, batch_size: int, tokens: int, dtype: str) -> int:
+    """Peak memory of `generation.greedy_answers` beyond weights: prompts and answers of `tokens` together.
+
+    Keys and values of all tokens are held, and those of one layer twice, while a step adds to them.
+    """
+
+    def peak(layers: int) -> int:
+        model = empty_model(config, layers)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            model.to_empty(device="cpu")
+            ids = torch.zeros(batch_size, tokens, dtype=torch.long)
+            live = LiveBytes()
+            live.ignore([*model.parameters(), *model.buffers()])
+            with live.mode:
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
+        return live.peak
+
+    heads = config.num_key_value_heads or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * batch_size * tokens * heads * size * dtype_bytes(dtype)
+    return _extended(config, peak) + (config.num_hidden_layers + 1) * cache
 
 
 def seconds_of_a_batch(base: Path, params: TrainParams, tokens: int) -> float:

@@ -180,7 +180,7 @@ def main() -> None:
         with tqdm(total=len(rows), desc="scoring held-out answers", unit="conv") as bar:
             scores[name] = score(model, rows, batch_size, tokenizer.pad_token_id, bar.update)
         print(f"evaluate: answering {len(prompts)} prompts, at most {params.max_new_tokens} tokens each", flush=True)
-        answers[name] = greedy_answers(model, tokenizer, prompts, params.max_new_tokens, batch_size)
+        answers[name] = greedy_answers(model, tokenizer, prompts, params.max_new_tokens, params.answer_batch_size)
         del model
 
     evaluation = compare(scores, rows["lang"], params.bootstrap_samples, params.seed)

@@ -211,6 +211,7 @@ class EvaluateParams(Section):
     bootstrap_samples: int = Field(ge=100, description="Resamples behind the 95 % interval.")
     sample_prompts: list[str] = Field(min_length=1, description="Prompts of the sample answers, base beside tuned.")
     stop_prompts: StopPrompts
+    answer_batch_size: int = Field(default=8, gt=0, description="Prompts that are answered at once.")
     max_new_tokens: MaxNewTokens
 
 

@@ -93,6 +93,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "evaluate": {
         "eval_dtype": "float16",
         "bootstrap_samples": 300,
+        "answer_batch_size": 2,
         "sample_prompts": ["Hello?"],
     },
     "evaluate export": {"stop_prompts": 1, "max_new_tokens": 4},
