@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 NAME ?=
 PORT ?= 7860
+CORS ?=
+MODEL ?= tuned
 SPACE ?=
 DATA ?=
 DRY ?=
@@ -36,10 +38,10 @@ all: setup  ## Set up, run every stage whose inputs changed, and print a summary
 	@$(PY) -m commands summary
 
 serve: setup  ## Serve the chat page and an OpenAI-style API on loopback: make serve PORT=7860
-	@exec $(PY) -m commands serve --port $(PORT)
+	@exec $(PY) -m commands serve --port $(PORT) $(if $(CORS),--cors "$(CORS)")
 
-chat: setup  ## Chat with the exported model in the terminal.
-	@exec $(PY) space/chat.py --model models/onnx/tuned
+chat: setup  ## Chat with an exported model in the terminal: make chat MODEL=base
+	@exec $(PY) space/chat.py --model models/onnx/$(MODEL)
 
 space: setup  ## Build the chat app as a Hugging Face Space, in build/space/.
 	@$(PY) -m commands space

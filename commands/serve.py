@@ -9,5 +9,6 @@ from commands.commit import UNKNOWN, project_commit
 def main() -> None:
     # The app replaces this process, so that stopping this process stops the app.
     commit = project_commit().replace(UNKNOWN, "")
-    app = [sys.executable, "space/app.py", "--models", "models/onnx", "--commit", commit, *sys.argv[1:]]
+    made = ["--models", "models/onnx", "--evaluation", "reports/evaluation.json"]
+    app = [sys.executable, "space/app.py", *made, "--commit", commit, *sys.argv[1:]]
     os.execv(sys.executable, app)

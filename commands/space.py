@@ -1,8 +1,8 @@
 """Put the chat app together as a Hugging Face Space: a folder that runs alone, made from the pipeline's outputs.
 
-Reads space/, models/onnx/, LICENSE and models/base/ (its licence); writes build/space/: the app, its packages with all
-that they need, pinned, the exported models, licences, and README.md, the Space's card. What `make deploy` publishes has
-instead of the models a pin to the model repository (models.json).
+Reads space/, models/onnx/, reports/evaluation.json, LICENSE and models/base/ (its licence); writes build/space/: the
+app, its packages with all that they need, pinned, the exported models, their evaluation, licences, and README.md, the
+Space's card. What `make deploy` publishes has instead of the models a pin to the model repository (models.json).
 Run: `make space`; try it there: `pip install -r requirements.txt`, `python app.py`
 """
 
@@ -28,6 +28,7 @@ APP = Path("space")
 ONNX = Path("models/onnx")
 BASE = Path("models/base")
 LICENCE = Path("LICENSE")
+EVALUATION = Path("reports/evaluation.json")
 CARD = Path(__file__).parent / "cards/space.md"
 SPACE = Path("build/space")
 PUBLISHED = Path("build/published-space")
@@ -130,6 +131,8 @@ def build_space(pin: Pin | None = None) -> Path:
             write_json(folder / "models.json", asdict(pin))
         write_text(folder / "requirements.txt", pinned_closure(requirements))
         write_text(folder / "commit.txt", f"{commit}\n")
+        if EVALUATION.is_file():
+            shutil.copyfile(EVALUATION, folder / EVALUATION.name)
         write_text(folder / "README.md", space_card(card, gradio_version(requirements), commit, pin, files))
     return target
 

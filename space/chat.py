@@ -1,10 +1,11 @@
-"""Chat with an exported model in the terminal. Run: `make chat`; anywhere else: `python chat.py --model model/tuned`.
+"""Chat with an exported model in the terminal. Run: `make chat MODEL=tuned`; alone: `python chat.py --model FOLDER`.
 
 Answers stream, and Ctrl-C stops one. Commands: /reset begins a new conversation, /system TEXT begins one with that
 system message, /help lists the commands, /quit (or Ctrl-D) ends the chat.
 """
 
 import argparse
+import shutil
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 from chatapp.engine import Chunk, Engine, Sampling
+from chatapp.page.model_card import subtitle, title
+from chatapp.word_wrap import WordWrap
 
 HELP = "/reset begins a new conversation, /system TEXT sets the system message, /quit ends. Ctrl-C stops an answer."
 
@@ -44,6 +47,8 @@ def summary(chunk: Chunk, seconds: float) -> str:
 def print_answer(engine: Engine, messages: list[dict[str, str]], sampling: Sampling) -> str:
     """Print the answer piece by piece, then its summary; return the answer."""
     cancel, answer, began = threading.Event(), "", 0.0
+    # A file or a pipe gets the text as it is.
+    wrap = WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
     chunks = engine.stream(messages, sampling, cancel)
     # Ctrl-C only asks the engine to stop, so that the answer ends at a complete token.
     before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
@@ -51,9 +56,9 @@ def print_answer(engine: Engine, messages: list[dict[str, str]], sampling: Sampl
         for chunk in chunks:
             began = began or time.monotonic()
             answer += chunk.text
-            print(chunk.text, end="", flush=True)
+            print(wrap.add(chunk.text) if wrap else chunk.text, end="", flush=True)
             if chunk.finish_reason:
-                print(f"\n{summary(chunk, time.monotonic() - began)}\n", flush=True)
+                print(f"{wrap.finish() if wrap else ''}\n{summary(chunk, time.monotonic() - began)}\n", flush=True)
     finally:
         signal.signal(signal.SIGINT, before)
     return answer
@@ -107,9 +112,11 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}. Delete it, then run `make all` to export it again.")
     except FileNotFoundError as error:
+        others = sorted(path.parent.name for path in chosen.model.parent.glob("*/card.json"))
+        if others and not chosen.model.is_dir():
+            sys.exit(f"error: {chosen.model} is no exported model, there are: {', '.join(others)}. Use one of them.")
         sys.exit(f"error: {error}. Run `make all` to export one.")
-    source = (engine.card.get("base_model") or {}).get("source", "")
-    print(f"{engine.card.get('name', chosen.model.name)} {source}\n{HELP}\n")
+    print(f"{title(engine.card)}\n{subtitle(engine.card)}\n{HELP}\n")
     converse(engine, sampling, engine.card.get("system_prompt") or "")
 
 

@@ -11,7 +11,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from chatapp.engine import Engine
-from chatapp.page.chat_page import STYLE, THEME, chat_page
+from chatapp.page.chat_page import chat_page
+from chatapp.page.model_card import Evaluation
+from chatapp.page.theme import STYLE, THEME
+from chatapp.server.access import Access, allow_origins
 from chatapp.server.api_errors import handle_errors
 from chatapp.server.fair_queue import FairQueue
 from chatapp.server.openai_api import OpenAIApi
@@ -23,8 +26,19 @@ MAX_CONNECTIONS = 512
 PROXIES = ["127.0.0.1", "::1", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
 
 
-def build(engines: Mapping[str, Engine], queue: FairQueue, commit: str = "") -> FastAPI:
-    """The ASGI app for these models, by name; the first is the default. `commit`: the project's, for the page."""
+def build(
+    engines: Mapping[str, Engine],
+    queue: FairQueue,
+    commit: str = "",
+    access: Access | None = None,
+    evaluation: Evaluation | None = None,
+) -> FastAPI:
+    """The ASGI app for these models, by name; the first is the default.
+
+    `commit`, `evaluation`: the project's commit and what it measured, for the page. `access`: who may use the API
+    (None: everybody).
+    """
+    access = access or Access()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -35,11 +49,12 @@ def build(engines: Mapping[str, Engine], queue: FairQueue, commit: str = "") -> 
     no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(lifespan=lifespan, **no_docs)
     guard(app)
+    allow_origins(app, access.origins)  # outside of the guard, so that its errors can be read, too
     handle_errors(app, MAX_BODY)
-    app.include_router(OpenAIApi(engines, queue).router)
+    app.include_router(OpenAIApi(engines, queue, access).router)
     return gr.mount_gradio_app(
         app,
-        chat_page(engines, queue, commit),
+        chat_page(engines, queue, commit, evaluation),
         path="/",
         theme=THEME,
         css_paths=STYLE,

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from bench.chat_server import chat_server
 from chatapp.engine import Engine
 from chatapp.server.fair_queue import FairQueue
+from tests.support.chat_page import executable
 from tests.support.exported_models import exported, tuned_and_base
 from tests.support.serving import served
 
@@ -45,3 +47,15 @@ def running(tiny_models):
     """The app in its own process; gives its address and the process. No test may end it."""
     with chat_server(tiny_models) as (address, process):
         yield address, process
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser for the module. Playwright keeps an event loop in this thread, so other modules must not share it."""
+    path = executable()
+    with sync_playwright() as playwright:
+        # The browser can reach nothing but loopback, whatever a page asks for.
+        blocked = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+        browser = playwright.chromium.launch(executable_path=path, args=blocked)
+        yield browser
+        browser.close()

@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from chatapp.server.fair_queue import FairQueue
+from chatapp.server.request_guard import MAX_BODY
 from tests.support.serving import Failing, served
 
 pytestmark = pytest.mark.slow
@@ -114,11 +115,11 @@ def test_errors_have_openais_shape(client, address):
         405: httpx.get(url),
         404: httpx.post(f"{address}/v1/embeddings", json={}),
         400: httpx.post(url, content=b"{", headers=json_type),
-        413: httpx.post(url, content=b" " * (1 << 20) + b"{}", headers=json_type),
+        413: httpx.post(url, content=b" " * MAX_BODY + b"{}", headers=json_type),
     }.items():
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-    chunked = httpx.post(url, content=(b" " * 65536 for _ in range(32)), headers=json_type)
+    chunked = httpx.post(url, content=(b" " * 65536 for _ in range(MAX_BODY // 65536 + 1)), headers=json_type)
     assert chunked.status_code == 413 and chunked.json()["error"]["message"].startswith("a request may have at most")
     assert httpx.post(f"{address}/gradio_api/upload", files={"files": b"x"}).status_code == 404
 

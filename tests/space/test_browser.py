@@ -8,26 +8,13 @@ import time
 
 import httpx
 import pytest
-from playwright.sync_api import sync_playwright
 
 from bench.chat_server import idle, wait_until
 from chatapp.server.fair_queue import FairQueue
-from tests.support.chat_page import executable, opened
+from tests.support.chat_page import opened
 from tests.support.serving import COMMIT, Held, Paced, served
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """One browser for the module. Playwright keeps an event loop in this thread, so other modules must not share it."""
-    path = executable()
-    with sync_playwright() as playwright:
-        # The browser can reach nothing but loopback, whatever a page asks for.
-        blocked = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        browser = playwright.chromium.launch(executable_path=path, args=blocked)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

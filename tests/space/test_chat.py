@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
-from chat import summary
-from chatapp.engine import Chunk
+from chat import print_answer, summary
+from chatapp.engine import Chunk, Sampling
+from chatapp.word_wrap import WordWrap
 from tests.support.project import ROOT
+from tests.support.serving import Scripted
 
 CHAT = [sys.executable, str(ROOT / "space/chat.py")]
 
@@ -56,6 +58,56 @@ def test_nothing_exported_and_wrong_settings_are_one_line(tmp_path):
     assert result.stderr.startswith("error: ") and result.stderr.endswith("Run `make all` to export one.\n")
     result = subprocess.run([*CHAT, "--temperature", "-1"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == "error: temperature must be a number from 0 to 5\n"
+
+
+def test_a_missing_model_names_those_that_are_there(tmp_path):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned/card.json").write_text("{}")
+    result = subprocess.run([*CHAT, "--model", str(tmp_path / "base")], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.endswith("base is no exported model, there are: tuned. Use one of them.\n")
+
+
+def wrapped(pieces: list[str], width: int) -> list[str]:
+    """What a terminal gets after each piece, and at the end."""
+    wrap = WordWrap(width)
+    return [*map(wrap.add, pieces), wrap.finish()]
+
+
+def test_lines_break_between_words():
+    text = "The quick brown fox jumps over the lazy dog.\n\n    four spaces\n1. one"
+    for size in (1, 2, 5, len(text)):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        lines = "".join(wrapped(pieces, 16)).split("\n")
+        assert lines == ["The quick brown", "fox jumps over", "the lazy dog.", "", "    four spaces", "1. one"]
+    assert wrapped(["one t", "wo thr", "ee"], 7) == ["one", " two", "", "\nthree"]  # a word waits for its end
+    assert "".join(wrapped(["a " + "x" * 9 + " b"], 4)) == "a\n" + "x" * 9 + " b"  # which the terminal breaks
+    assert "".join(wrapped(["你好世界"], 4)) == "你好\n世界"  # wide, and without spaces
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_wrapped_lines_and_a_pipe_the_text(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "one two three four five six seven"
+    assert print_answer(Scripted(text, {}), [], Sampling()) == text
+    said = capsys.readouterr().out.partition("\n[")[0]
+    assert said == (text.replace(" five", "\nfive") if terminal else text)
+
+
+@pytest.mark.slow
+def test_the_chat_is_headed_by_the_models_name(tiny_models):
+    for name in ("tuned", "base"):
+        command = [*CHAT, "--model", str(tiny_models / name)]
+        result = subprocess.run(command, input="/quit\n", capture_output=True, text=True)
+        assert result.stdout.startswith(f"tiny, {name}\n")
+
+
+def test_make_chat_takes_the_name_of_a_model():
+    for words, name in (([], "tuned"), (["MODEL=base"], "base")):
+        command = ["make", "--dry-run", "--old-file=setup", "chat", *words]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert result.stdout.endswith(f"--model models/onnx/{name}\n")
 
 
 def test_the_line_below_an_answer():

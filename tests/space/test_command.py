@@ -1,6 +1,7 @@
 """`python app.py`: it runs alone in its folder, ends by Ctrl+C, and reports in one line why it cannot serve."""
 
 import ast
+import json
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,10 @@ import httpx
 import pytest
 
 from app import listen
-from bench.chat_server import answers, printed_address, wait_until
+from bench.chat_server import answers, chat_server, printed_address, wait_until
 from chatapp.serve import server_settings
 from tests.support.project import ROOT
+from tests.support.scripted import EVALUATION
 
 SPACE = ROOT / "space"
 ELSEWHERE = {"bench", "commands", "stages", "tests", "torch", "transformers"}
@@ -69,12 +71,27 @@ def refused(*arguments) -> str:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_is_one_quick_line(tmp_path):
+def test_what_cannot_be_served_is_one_quick_line(tmp_path, tiny_models, monkeypatch):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert refused("--port", port).startswith(f"error: cannot listen on 127.0.0.1:{port} (")
     assert "no exported model" in refused("--models", tmp_path, "--port", 0)
+    (tmp_path / "evaluation.json").write_text("[")
+    line = refused("--models", tiny_models, "--evaluation", tmp_path / "evaluation.json", "--port", 0)
+    assert "evaluation.json holds no evaluation (" in line
     assert refused("--port", 70000).startswith("error: --port 70000: ")
+    monkeypatch.setenv("CHAT_API_KEY", "two words")
+    assert refused("--port", 0) == "error: CHAT_API_KEY may have only printable ASCII characters, and no space."
+
+
+@pytest.mark.slow
+def test_the_key_and_the_sites_reach_the_api(tiny_models, monkeypatch):
+    monkeypatch.setenv("CHAT_API_KEY", "s3cret")
+    with chat_server(tiny_models, "--cors", "https://a.example", "--cors", "https://b.example") as (address, _):
+        url = f"{address}/v1/models"
+        assert httpx.get(url).status_code == 401
+        right = httpx.get(url, headers={"Authorization": "Bearer s3cret", "Origin": "https://b.example"})
+        assert right.status_code == 200 and right.headers["access-control-allow-origin"] == "https://b.example"
 
 
 @pytest.mark.slow
@@ -82,6 +99,7 @@ def test_the_folder_runs_alone_and_ctrl_c_ends_it(tiny_models, tmp_path):
     folder = shutil.copytree(SPACE, tmp_path / "alone", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(tiny_models / "tuned", folder / "model/tuned")
     (folder / "commit.txt").write_text("0123abcd\n")
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "LANG": "C.UTF-8"}
     command = [sys.executable, "app.py", "--port", "0"]
     # A shell that runs the tests in the background ignores SIGINT, and the app would inherit that.
@@ -92,7 +110,8 @@ def test_the_folder_runs_alone_and_ctrl_c_ends_it(tiny_models, tmp_path):
         try:
             address = printed_address(process)
             wait_until(lambda: answers(address))
-            assert "0123abcd" in httpx.get(address).text
+            page = httpx.get(address).text
+            assert "0123abcd" in page and "[-0.362, -0.245]" in page
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 130
         finally:

@@ -7,10 +7,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from chatapp.engine import Sampling
+from chatapp.engine.conversation import check_messages, split_turns
 from chatapp.engine.exported_model import usable_cpus
-from chatapp.engine.prompt import PromptBuilder, check_messages, split_turns
+from chatapp.engine.prompt import PromptBuilder
 from chatapp.engine.prompt_cache import tokens_in_step
-from chatapp.engine.sampling import choose
+from chatapp.engine.sampling import choose, scores
 from chatapp.engine.text_stream import TextStream
 from tests.support.chats import chat
 
@@ -23,7 +24,7 @@ from tests.support.chats import chat
         ([{"role": "user"}], r"messages\[0\] must have a role and a content"),
         ([{"role": "tool", "content": ""}], "must be system, user or assistant"),
         ([{"role": "user", "content": ["text"]}], "must be text"),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "must be the first"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "last message must be the user's"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "last message must be the user's"),
         ([{"role": "user", "content": " \n"}], "not empty"),
     ],
@@ -59,6 +60,9 @@ def test_the_template_can_reach_nothing(tiny_llama, tmp_path):
         ({"top_k": 1.5}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"seed": "x"}, "seed"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logprobs": 21}, "logprobs"),
     ],
 )
 def test_wrong_sampling_is_refused(values, problem):
@@ -88,6 +92,42 @@ def test_a_repetition_penalty_lowers_what_was_said():
     greedy = Sampling(temperature=0, repetition_penalty=1.5)
     assert choose(logits, np.array([0, 0, 2]), greedy, np.random.default_rng(0)) == 1
     assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0])  # the model's own memory is untouched
+
+
+def test_penalties_lower_what_the_answer_said_by_openais_formula():
+    logits, random = np.array([2.0, 1.0, 0.0], dtype=np.float32), np.random.default_rng(0)
+
+    def scored(seen, prompt=0, **values) -> list[float]:
+        return scores(logits, seen, Sampling(temperature=0, **values), random, prompt).tolist()
+
+    # Token 0 was said twice, token 1 once.
+    assert scored([0, 1, 0], presence_penalty=0.5) == [1.5, 0.5, 0.0]
+    assert scored([0, 1, 0], frequency_penalty=0.5) == [1.0, 0.5, 0.0]
+    assert scored([0, 1, 0], presence_penalty=-1, frequency_penalty=2) == [-1.0, 0.0, 0.0]
+    # What stands in the prompt does not count.
+    assert scored([0, 1, 0], prompt=2, frequency_penalty=0.5) == [1.5, 1.0, 0.0]
+    assert scored([0, 1, 0], prompt=3, frequency_penalty=2) == [2.0, 1.0, 0.0]
+    greedy = Sampling(temperature=0, frequency_penalty=1.5)
+    assert [choose(logits, seen, greedy, random, prompt=1) for seen in ([0], [0, 0])] == [0, 1]
+
+
+def test_the_best_score_is_a_sample_also_where_tokens_are_forbidden():
+    logits, random = np.log(np.array([0.5, 0.25, 0.15, 0.1], dtype=np.float32)), np.random.default_rng(0)
+
+    def drawn(forbidden, **values) -> dict[int, float]:
+        sampling = Sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **values})
+        draws = []
+        for _ in range(4000):
+            scored = scores(logits, [], sampling, random)
+            scored[forbidden] = np.finfo(np.float32).min
+            draws.append(int(scored.argmax()))
+        return {token: draws.count(token) / 4000 for token in sorted(set(draws))}
+
+    assert drawn([]) == pytest.approx({0: 0.5, 1: 0.25, 2: 0.15, 3: 0.1}, abs=0.03)
+    assert drawn([0]) == pytest.approx({1: 0.5, 2: 0.3, 3: 0.2}, abs=0.03)
+    assert drawn([], top_k=2) == pytest.approx({0: 2 / 3, 1: 1 / 3}, abs=0.03)
+    # All that top-k keeps is forbidden: the most likely other token.
+    assert drawn([0, 1], top_k=2) == {2: 1.0}
 
 
 def test_text_comes_in_complete_characters(tiny_llama):

@@ -1,15 +1,22 @@
 """The parts of the page that need no browser: conversations, figures, progress, the card."""
 
+import ast
+import json
+import re
+import shlex
 import time
 
 from chatapp.page.answer_progress import Progress, progress, side_by_side
+from chatapp.page.api_usage import usage
 from chatapp.page.conversation import answer, as_messages, figures, last_question, question, stopped
+from chatapp.page.kept_conversation import all_restored, restored
 from chatapp.page.model_card import about, subtitle, title
 from tests.support.chunks import chunks
+from tests.support.scripted import EVALUATION
 
 
 def test_the_models_never_read_the_line_of_figures():
-    history = [question("one"), answer("two", "3 tokens"), question("three"), answer("", "…")]
+    history = [question("one"), answer("two", "3 tokens …"), question("three"), answer("", "…")]
     assert as_messages(history, " Be brief. ") == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "one"},
@@ -20,10 +27,13 @@ def test_the_models_never_read_the_line_of_figures():
     assert [last_question(history, i) for i in range(4)] == [0, 0, 2, 2]
     assert stopped(history)[-1] == answer("", "stopped")
     assert stopped(history[:2])[-1] == answer("two", "3 tokens · stopped")
+    complete = [question("one"), answer("two", "3 tokens")]
+    assert stopped(complete) == complete
 
 
 def test_figures_say_speed_limit_and_lost_turns():
-    assert figures(Progress("a", 1, 0.01, None, None, 0)) == "1 token"
+    assert figures(Progress("a", 1, 0.01, None, "stop", 0)) == "1 token"
+    assert figures(Progress("a", 2, 0.01, None, None, 0)) == "2 tokens …"  # it grows
     assert figures(Progress("a b", 20, 0.31, 41.26, "stop", 0)) == "20 tokens · 41.3 tokens/s · first token after 0.3 s"
     assert figures(Progress("a", 8, 0, 10.0, "length", 2)).endswith(
         "cut at max tokens · the 2 oldest turns did not fit: not read"
@@ -54,6 +64,21 @@ def test_two_answers_grow_in_turns():
     ]
 
 
+def test_a_reload_gives_conversations_back_and_marks_what_it_interrupted():
+    history = [question("one"), answer("two", "3 tokens …")]
+    assert restored(json.loads(json.dumps(history))) == [question("one"), answer("two", "3 tokens · stopped")]
+    assert restored([question("one"), answer("two", "3 tokens")])[-1] == answer("two", "3 tokens")
+    for junk in (None, 7, "x", [1], [{"role": "user"}], [{"role": "user", "content": [{"text": 1}]}], {"a": 1}):
+        assert restored(junk) == []
+
+
+def test_a_reload_gives_conversations_with_the_same_questions_back():
+    base, tuned = ([question("one"), answer(name, "3 tokens")] for name in ("base", "tuned"))
+    assert all_restored({"base": base, "tuned": tuned}, ["base", "tuned"]) == [base, tuned]
+    for junk in (None, [], {"base": base}, {"base": base, "tuned": [*tuned, question("two")]}):
+        assert all_restored(junk, ["base", "tuned"]) == [[], []]
+
+
 def test_a_card_shows_what_it_holds_and_nothing_else():
     card = {
         "name": "tuned",
@@ -70,3 +95,28 @@ def test_a_card_shows_what_it_holds_and_nothing_else():
         assert line in page
     assert "<b>" not in page
     assert (title({}), about({"tuned": {}})) == ("Chat", "")
+    assert title({"base_model": {"source": "Qwen/Qwen2.5-0.5B"}}) == "Qwen2.5-0.5B, tuned"
+
+
+def test_about_shows_the_figures_that_the_project_reports_and_no_others():
+    """The perplexities of the README, the interval, and what perplexity means."""
+    quality = {"perplexity": 12.3731, "perplexity_before": 12.2857, "token_accuracy": 0.478, "bytes": 173_700_000}
+    cards = {"tuned": {"quality": quality}, "base": {"name": "base", "quality": {"perplexity": 17.01}}}
+    page = about(cards, "", EVALUATION)
+    assert "| | base | tuned | tuned, exported |" in page and "| perplexity | 16.68 | 12.29 | 12.37 |" in page
+    assert "19 held-out conversations, 2569 tokens" in page
+    assert "tuned minus base: -0.306, 95 % interval [-0.362, -0.245]. The interval excludes zero." in page
+    assert page.count("Perplexity:") == 1 and "17.01" not in page
+    unclear = {**EVALUATION, "difference": {**EVALUATION["difference"], "significant": False}}
+    assert "includes zero" in about(cards, "", unclear)
+    alone = about({"tuned": cards["tuned"]}, "", EVALUATION)  # no base was exported
+    assert "| perplexity | 16.68 | 12.29 | 12.37 |" in alone
+
+
+def test_the_usage_of_the_api_is_that_of_this_address():
+    text = usage("https://ada-chat.hf.space", ["tuned", "base"])
+    assert 'base_url="https://ada-chat.hf.space/v1"' in text and "(https://ada-chat.hf.space/v1/models)" in text
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        ast.parse(block)
+    (command,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert json.loads(shlex.split(command.replace("\\\n", ""))[-1])["model"] == "tuned"

@@ -1,5 +1,6 @@
 """The chat app in this process, on a free port of loopback; slow and failing engines for it."""
 
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import uvicorn
 
 from app import listen
 from bench.chat_server import answers, wait_until
+from chatapp.engine import Chunk
 from chatapp.serve import build
 
 COMMIT = "a1b2c3"  # the page shows it
@@ -28,6 +30,25 @@ class Paced:
         for chunk in self._engine.stream(*args):
             time.sleep(self.seconds)
             yield chunk
+
+
+class Scripted:
+    """An engine without a model: it answers with the words of `text`, as many as are asked for."""
+
+    context_length = 2048
+
+    def __init__(self, text: str, card: dict) -> None:
+        self._words = re.findall(r"\s*\S+\s*$|\s*\S+", text)
+        self.card = card
+
+    def stream(self, messages, sampling, cancel) -> Iterator[Chunk]:
+        words = self._words[: sampling.max_tokens]
+        for count, word in enumerate(words, start=1):
+            if cancel.is_set():
+                yield Chunk("", count, "cancelled")
+                return
+            yield Chunk(word, count, None)
+        yield Chunk("", len(words), "stop" if len(words) == len(self._words) else "length")
 
 
 class Held:
@@ -73,17 +94,18 @@ class Failing:
 
 
 @contextmanager
-def served(engines, queue, send_buffer: int | None = None, **settings) -> Iterator[str]:
+def served(engines, queue, send_buffer: int | None = None, access=None, evaluation=None, **settings) -> Iterator[str]:
     """Serve these engines in a thread of this process; gives the address.
 
-    `settings` are uvicorn's. `send_buffer`: bytes that the system holds for a client that does not read.
+    `access`: who may use the API. `evaluation`: the figures that the page shows. `settings` are uvicorn's.
+    `send_buffer`: bytes that the system holds for a client that does not read.
     """
     listener = listen("127.0.0.1", 0)
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     settings = {"log_level": "warning", "timeout_graceful_shutdown": 1, **settings}
-    server = uvicorn.Server(uvicorn.Config(build(engines, queue, COMMIT), **settings))
+    server = uvicorn.Server(uvicorn.Config(build(engines, queue, COMMIT, access, evaluation), **settings))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -6,6 +6,8 @@ for chunk in engine.stream([{"role": "user", "content": "Hello!"}]):
 """
 
 from chatapp.engine.engine import Chunk, Engine, load_engines
+from chatapp.engine.generators import CannotConstrain
 from chatapp.engine.sampling import Sampling
+from chatapp.engine.token_logprobs import TokenLogprob
 
-__all__ = ["Chunk", "Engine", "Sampling", "load_engines"]
+__all__ = ["CannotConstrain", "Chunk", "Engine", "Sampling", "TokenLogprob", "load_engines"]

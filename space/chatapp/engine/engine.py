@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from chatapp.engine.conversation import Message
 from chatapp.engine.exported_model import load_exported
-from chatapp.engine.prompt import Message
-from chatapp.engine.prompt_cache import KeptGenerator, PromptCache, tokens_in_step
-from chatapp.engine.sampling import Sampling, choose
+from chatapp.engine.generators import KeptGenerator
+from chatapp.engine.prompt_cache import PromptCache, tokens_in_step
+from chatapp.engine.sampling import Sampling
 from chatapp.engine.text_stream import TextStream
+from chatapp.engine.token_logprobs import TokenBytes, TokenLogprob, token_logprob
 
 MODELS = ("tuned", "base")  # the chat uses the first one that exists
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -30,6 +32,14 @@ class Chunk:
     dropped_turns: int = 0  # oldest turns of the conversation that did not fit the context
     prompt_tokens: int = 0  # tokens of the prompt that the model read
     reused_tokens: int = 0  # prompt tokens that came from the cache
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens that completed the text, if they were asked for
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    ids: list[int]
+    dropped_turns: int = 0
+    is_chat: bool = True  # otherwise a text that goes on, with its white space
 
 
 class Engine:
@@ -49,6 +59,7 @@ class Engine:
         self._prompt = model.prompt
         self._end_ids = model.end_ids
         self._cache = PromptCache(model.session, model.context_length, tokens_in_step(model.size))
+        self._bytes = TokenBytes(model.prompt.tokenizer)
         self._lock = threading.Lock()
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
@@ -66,25 +77,49 @@ class Engine:
         turn is too long.
         """
         sampling = sampling or Sampling()
-        room = min(sampling.max_tokens, max(1, int(self.context_length * MAX_ANSWER_SHARE)))
-        ids, dropped = self._prompt.fit(messages, self.context_length, room)
-        return self._answer(ids, dropped, sampling, cancel or threading.Event())
+        ids, dropped = self._prompt.fit(messages, self.context_length, self._room(sampling))
+        return self._answer(_Prompt(ids, dropped), sampling, cancel or threading.Event())
 
-    def _answer(self, ids: list[int], dropped: int, sampling: Sampling, cancel: threading.Event) -> Iterator[Chunk]:
-        cancelled = Chunk("", 0, "cancelled", dropped, len(ids))
+    def complete(
+        self, text: str, sampling: Sampling | None = None, cancel: threading.Event | None = None
+    ) -> Iterator[Chunk]:
+        """How `text` goes on, without a chat template. Otherwise as `stream`.
+
+        Raises ValueError, before the first chunk, when `text` is empty or too long.
+        """
+        sampling = sampling or Sampling()
+        ids, room = self._prompt.text_ids(text), self._room(sampling)
+        if not ids:
+            raise ValueError("the prompt must have at least one token")
+        if len(ids) > self.context_length - room:
+            raise ValueError(
+                f"the prompt is too long: it has {len(ids)} tokens. The model reads {self.context_length} tokens, and "
+                f"{room} of these are reserved for the answer"
+            )
+        return self._answer(_Prompt(ids, is_chat=False), sampling, cancel or threading.Event())
+
+    def _room(self, sampling: Sampling) -> int:
+        """Tokens that are reserved for the answer."""
+        return min(sampling.max_tokens, max(1, int(self.context_length * MAX_ANSWER_SHARE)))
+
+    def _answer(self, prompt: _Prompt, sampling: Sampling, cancel: threading.Event) -> Iterator[Chunk]:
+        count = len(prompt.ids)
+        blank = Chunk("", 0, None, prompt.dropped_turns, count)
         while not self._lock.acquire(timeout=0.05):
             if cancel.is_set():
-                yield cancelled
+                yield replace(blank, finish_reason="cancelled")
                 return
         try:
-            max_tokens = min(sampling.max_tokens, self.context_length - len(ids))
-            generator, reused = self._cache.prepare(ids, max_tokens, cancel)
+            max_tokens = min(sampling.max_tokens, self.context_length - count)
+            generator, reused = self._cache.prepare(prompt.ids, max_tokens, cancel, sampling.json_object)
+            blank = replace(blank, reused_tokens=reused)
             if generator is None:
-                yield replace(cancelled, reused_tokens=reused)
+                yield replace(blank, finish_reason="cancelled")
                 return
+            text = TextStream(self._prompt.tokenizer, None if prompt.is_chat else prompt.ids[-1])
             try:
-                for text, tokens, finish in self._generate(generator, max_tokens, sampling, cancel):
-                    yield Chunk(text, tokens, finish, dropped, len(ids), reused)
+                for piece in self._generate(generator, text, max_tokens, sampling, cancel):
+                    yield replace(blank, **piece)
             except Exception:
                 generator = None  # nobody knows what it has read
                 raise
@@ -95,23 +130,33 @@ class Engine:
             self._lock.release()
 
     def _generate(
-        self, generator: KeptGenerator, max_tokens: int, sampling: Sampling, cancel: threading.Event
-    ) -> Iterator[tuple[str, int, FinishReason | None]]:
-        """New text, tokens so far and the finish reason, for each token that completes a character."""
-        text = TextStream(self._prompt.tokenizer)
+        self,
+        generator: KeptGenerator,
+        text: TextStream,
+        max_tokens: int,
+        sampling: Sampling,
+        cancel: threading.Event,
+    ) -> Iterator[dict[str, Any]]:
+        """What is new in a chunk, for each token that completes a character, and for the end."""
         random = np.random.default_rng(sampling.seed)
         finish: FinishReason | None = None
+        logprobs: list[TokenLogprob] = []  # of tokens whose text is not given yet
         for tokens in range(max_tokens + 1):
             if cancel.is_set():
                 finish = "cancelled"
             elif tokens == max_tokens:
                 finish = "length"
             else:
-                token = choose(generator.logits(), np.array(generator.ids), sampling, random)
+                logits = generator.logits()
+                token = generator.choose(logits, sampling, random)
                 finish = "stop" if token in self._end_ids else None
+                if sampling.logprobs is not None and not finish:
+                    logprobs.append(token_logprob(logits, token, sampling.logprobs, self._bytes))
             piece = text.finish() if finish else text.add(token)
             if piece or finish:
-                yield piece, tokens + (not finish), finish
+                new = {"text": piece, "tokens": tokens + (not finish), "finish_reason": finish}
+                yield {**new, "logprobs": tuple(logprobs)}
+                logprobs.clear()
             if finish:
                 return
             generator.read([token])

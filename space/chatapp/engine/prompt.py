@@ -13,7 +13,14 @@ import jinja2
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-Message = dict[str, str]
+from chatapp.engine.conversation import (
+    MAX_TOKEN_CHARACTERS,
+    Message,
+    as_in_training,
+    check_messages,
+    hopeless_turns,
+    split_turns,
+)
 
 # Turns are dropped in strides. The beginning of the prompt then stays the same over several answers, and the cache
 # (prompt_cache.py) can reuse it.
@@ -40,37 +47,6 @@ def compile_template(text: str) -> jinja2.Template:
     return environment.from_string(text)
 
 
-def check_messages(messages: Any) -> None:
-    """Raise ValueError, with one line, unless `messages` is a conversation whose last message is the user's."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError("messages must be a list of at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"messages[{i}] must have a role and a content")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"messages[{i}].role must be system, user or assistant")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"messages[{i}].content must be text")
-        if message["role"] == "system" and i:
-            raise ValueError(f"messages[{i}]: a system message must be the first")
-    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise ValueError("the last message must be the user's, and not empty")
-
-
-def split_turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system message (a list of one or none) and the turns.
-
-    A turn begins at the user's first message after an answer.
-    """
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns: list[list[Message]] = []
-    for message in messages[len(system) :]:
-        if not turns or (message["role"] == "user" and turns[-1][-1]["role"] == "assistant"):
-            turns.append([])
-        turns[-1].append(message)
-    return system, turns
-
-
 class PromptBuilder:
     """The tokenizer and the chat template of an exported model."""
 
@@ -91,13 +67,34 @@ class PromptBuilder:
     def ids(self, messages: list[Message]) -> list[int]:
         """The ids of a complete conversation up to where the answer begins."""
         plain = [{"role": m["role"], "content": self._without_control_tokens(m["content"])} for m in messages]
+        return list(self.tokenizer.encode(self._render(plain), add_special_tokens=False).ids)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a plain text, as the tokenizer reads it: control tokens are control tokens here."""
+        return list(self.tokenizer.encode(text).ids)
+
+    def _render(self, messages: list[Message]) -> str:
         try:
-            text = self._template.render(
-                messages=plain, add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
             )
         except jinja2.exceptions.TemplateError as error:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from None
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _check_late_system(self, messages: list[Message]) -> None:
+        """Raise ValueError when the template drops or moves a system message after other messages.
+
+        Training leaves out such conversations (`late_system`).
+        """
+        late = [i for i in range(1, len(messages)) if messages[i]["role"] == "system"]
+        if not late:
+            return
+        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # private characters: no template writes them
+        text = self._render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+        if any(not -1 < text.find(marks[i - 1]) < text.find(marks[i]) for i in late):
+            raise ValueError(
+                "the model's chat template cannot say a system message after other messages: send it first"
+            )
 
     def _without_control_tokens(self, text: str) -> str:
         """`text` with an invisible space inside each control token; otherwise it could end or begin a turn."""
@@ -113,15 +110,23 @@ class PromptBuilder:
         two are too long.
         """
         check_messages(messages)
-        system, turns = split_turns(messages)
+        system, turns = split_turns(as_in_training(messages))
+        unread = hopeless_turns(turns, MAX_TOKEN_CHARACTERS * context_length)
+        turns = turns[unread:]
+
+        def kept(dropped: int) -> list[Message]:
+            # Joined again: the first turn that is kept may begin with a system message.
+            return as_in_training(system + [message for turn in turns[dropped:] for message in turn])
 
         def after(dropped: int) -> list[int]:
-            return self.ids(system + [message for turn in turns[dropped:] for message in turn])
+            return self.ids(kept(dropped))
+
+        self._check_late_system(kept(0))
 
         limit = context_length - room
         ids = after(0)
         if len(ids) <= limit:
-            return ids, 0
+            return ids, unread
         shortest = after(len(turns) - 1)
         if len(shortest) > limit:
             raise ValueError(
@@ -132,4 +137,4 @@ class PromptBuilder:
         too_many = -(-(len(ids) - limit) // stride) * stride
         aim = max(len(ids) - too_many, len(shortest))
         dropped = bisect_left(range(len(turns) - 1), -aim, key=lambda n: -len(after(n)))
-        return after(dropped), dropped
+        return after(dropped), unread + dropped

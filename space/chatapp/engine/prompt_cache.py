@@ -2,10 +2,10 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import onnxruntime_genai as og
+
+from chatapp.engine.generators import JsonGenerator, KeptGenerator
 
 # Tokens read in one step. A generator keeps the logits of its longest step in memory, so steps are short.
 MAX_STEP = 32
@@ -26,38 +26,6 @@ def tokens_in_step(model_bytes: int) -> int:
     return int(min(MAX_STEP, max(MIN_STEP, TOKENS_TIMES_BYTES // max(1, model_bytes))))
 
 
-class KeptGenerator:
-    """A generator with the ids that it has read. The first `prompt` of these ids were the last prompt."""
-
-    def __init__(self, model: og.Model, room: int) -> None:
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=room, batch_size=1)
-        self._generator = og.Generator(model, params)
-        self.room = room
-        self.ids: list[int] = []
-        self.prompt = 0
-
-    def in_common(self, ids: Sequence[int]) -> int:
-        """How many of the first `ids` were read already. The last one never counts, because reading it gives logits."""
-        longest = min(len(self.ids), len(ids) - 1)
-        return next((i for i in range(longest) if self.ids[i] != ids[i]), longest)
-
-    def rewind(self, length: int) -> None:
-        """Forget all ids after the first `length`."""
-        if length < len(self.ids):
-            self._generator.rewind_to(length)
-            del self.ids[length:]
-
-    def read(self, ids: Sequence[int]) -> None:
-        self._generator.append_tokens(np.array(ids, dtype=np.int32))
-        self.ids.extend(ids)
-
-    def logits(self) -> np.ndarray:
-        """Logits of the next token, of shape (vocabulary,)."""
-        logits: Any = self._generator.get_logits()
-        return logits[0, -1]
-
-
 class PromptCache:
     """The generators of the last conversations. Together they have room for about one context of the model.
 
@@ -70,12 +38,15 @@ class PromptCache:
         self._step = step
         self._kept: list[KeptGenerator] = []  # the last used one is last
 
-    def prepare(self, ids: Sequence[int], room: int, cancel: threading.Event) -> tuple[KeptGenerator | None, int]:
+    def prepare(
+        self, ids: Sequence[int], room: int, cancel: threading.Event, json_object: bool = False
+    ) -> tuple[KeptGenerator | None, int]:
         """A generator that has read `ids` and has room for `room` more, and how many of `ids` it reused.
 
-        The generator is None when `cancel` was set before everything was read.
+        The generator is None when `cancel` was set before everything was read. With `json_object` it is a new one that
+        writes a JSON object; CannotConstrain is raised when that is not possible.
         """
-        generator, reused = self._take(ids, len(ids) + room)
+        generator, reused = self._new_json(len(ids) + room) if json_object else self._take(ids, len(ids) + room)
         generator.rewind(reused)
         generator.prompt = len(ids)
         while (start := len(generator.ids)) < len(ids):
@@ -87,7 +58,8 @@ class PromptCache:
 
     def keep(self, generator: KeptGenerator) -> None:
         """Put a generator back after its answer. A generator that failed is not put back."""
-        self._kept.append(generator)
+        if generator.reusable:
+            self._kept.append(generator)
 
     def _take(self, ids: Sequence[int], needed: int) -> tuple[KeptGenerator, int]:
         """Take the generator that has read the most of `ids`, or make a new one."""
@@ -100,6 +72,13 @@ class PromptCache:
         while room < 2 * needed:
             room *= 2
         room = min(room, self._context_length)
+        self._make_space(room)
+        return KeptGenerator(self._model, room), 0
+
+    def _new_json(self, room: int) -> tuple[KeptGenerator, int]:
+        self._make_space(room)
+        return JsonGenerator(self._model, room), 0
+
+    def _make_space(self, room: int) -> None:
         while self._kept and sum(kept.room for kept in self._kept) + room > self._context_length:
             del self._kept[0]
-        return KeptGenerator(self._model, room), 0

@@ -7,13 +7,17 @@ INCOMPLETE = "\ufffd"
 
 
 class TextStream:
-    """The growing text of an answer: complete characters only, and no white space at its beginning and end."""
+    """The growing text of an answer: complete characters only.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    An answer has no white space at its beginning and end. A text that goes on `after` a prompt's last token keeps it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: int | None = None) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._trim = after is None
+        self._ids: list[int] = [] if after is None else [after]
         # A token's text may depend on the tokens before it, so ids[start:done] are decoded again as a context.
-        self._start = self._done = 0
+        self._start, self._done = 0, len(self._ids)
         self._begun = False
         self._space = ""
 
@@ -34,7 +38,8 @@ class TextStream:
                 return ""
             text = text.rstrip(INCOMPLETE)
         self._start, self._done = self._done, len(self._ids)
-        return self._without_space_around(text[len(context) :])
+        new = text[len(context) :]
+        return self._without_space_around(new) if self._trim else new
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

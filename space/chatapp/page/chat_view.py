@@ -9,6 +9,7 @@ import gradio as gr
 from chatapp.engine import Engine
 from chatapp.page.answer_progress import Progress, progress
 from chatapp.page.conversation import (
+    GROWING,
     Shown,
     answer,
     answer_so_far,
@@ -18,7 +19,9 @@ from chatapp.page.conversation import (
     stopped,
     text_of,
 )
+from chatapp.page.kept_conversation import keeper, restored
 from chatapp.page.live_updates import AT_ONCE, STREAMING, follow, reader
+from chatapp.page.model_card import title
 from chatapp.page.prompt_box import box_ready, box_while_answering, prompt_box
 from chatapp.page.settings_panel import Chosen
 from chatapp.server.fair_queue import FairQueue
@@ -29,7 +32,7 @@ EXAMPLES = [
     "Write a short, polite email asking to move a meeting to Friday.",
     "Give me three ideas for a rainy Sunday with children.",
 ]
-Updates = AsyncIterator[tuple[Any, Any]]  # of the prompt box and of the conversation
+Updates = AsyncIterator[tuple[Any, Any, Any]]  # of the prompt box, the conversation, and the conversation's store
 
 
 class ChatView:
@@ -49,11 +52,12 @@ class ChatView:
             placeholder="### What would you like to know?",
         )
         self._box = prompt_box("Message", "chat-box", autofocus=True)
+        self._kept = keeper(title(engine.card), "chat")
         self._connect(settings)
 
     def _connect(self, settings: list[Any]) -> None:
-        box, chatbot = self._box, self._chatbot
-        outputs = [box, chatbot]
+        box, chatbot, kept = self._box, self._chatbot, self._kept
+        outputs = [box, chatbot, kept]
         running: list[Any] = [
             box.submit(self.ask, [box, chatbot, *settings], outputs, **STREAMING),
             chatbot.example_select(self.ask_example, [chatbot, *settings], outputs, **STREAMING),
@@ -62,7 +66,13 @@ class ChatView:
         # Cancel first, then mark as stopped; a late update would overwrite the mark.
         box.stop(None, cancels=running).then(self.stop, [chatbot], outputs, **AT_ONCE)
         chatbot.undo(self.undo, [chatbot], outputs, cancels=running, **AT_ONCE)
-        chatbot.clear(box_ready, None, [box], cancels=running, **AT_ONCE)
+        chatbot.clear(self.clear, None, outputs, cancels=running, **AT_ONCE)
+
+    def restore_on_load(self, page: gr.Blocks) -> None:
+        page.load(self.restore, [self._kept], [self._chatbot], **AT_ONCE)
+
+    def restore(self, kept: Any) -> Any:
+        return restored(kept) or gr.skip()
 
     async def ask(self, request: gr.Request, text: str, history: list[Shown], *values: Any) -> Updates:
         if text.strip():
@@ -82,12 +92,16 @@ class ChatView:
         async for update in self._answered(asked, values, request, box_while_answering()):
             yield update
 
-    def stop(self, history: list[Shown]) -> tuple[Any, list[Shown]]:
-        return box_ready(), stopped(history)
+    def stop(self, history: list[Shown]) -> tuple[Any, list[Shown], list[Shown]]:
+        conversation = stopped(history)
+        return box_ready(), conversation, conversation
 
-    def undo(self, event: gr.UndoData, history: list[Shown]) -> tuple[Any, list[Shown]]:
+    def undo(self, event: gr.UndoData, history: list[Shown]) -> tuple[Any, list[Shown], list[Shown]]:
         at = last_question(history, event.index)
-        return box_ready(value=text_of(history[at])), history[:at]
+        return box_ready(value=text_of(history[at])), history[:at], history[:at]
+
+    def clear(self) -> tuple[Any, list[Shown], list[Shown]]:
+        return box_ready(), [], []
 
     async def _answered(
         self, conversation: list[Shown], values: tuple[Any, ...], request: gr.Request, box: Any
@@ -99,9 +113,9 @@ class ChatView:
             messages = as_messages(conversation, chosen.system_prompt)
             return progress(self._engine.stream(messages, chosen.sampling(), cancel))
 
-        shown = answer("", "…")
-        yield box, [*conversation, shown]
+        shown = answer("", GROWING)
+        yield box, [*conversation, shown], [*conversation, shown]
         async for state in follow(self._queue, reader(request), work):
             shown = answer_so_far(state, shown)
-            yield gr.skip(), [*conversation, shown]
-        yield box_ready(), gr.skip()
+            yield gr.skip(), [*conversation, shown], [*conversation, shown]
+        yield box_ready(), gr.skip(), gr.skip()

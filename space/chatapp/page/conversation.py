@@ -6,6 +6,7 @@ from typing import Any
 from chatapp.page.answer_progress import Progress
 
 Shown = dict[str, Any]  # a message of gr.Chatbot: its role, and its content as a list of parts
+GROWING = "…"  # ends the line below an answer that is not complete
 
 
 def question(text: str) -> Shown:
@@ -24,10 +25,13 @@ def answer_so_far(state: Progress | str, before: Shown | None = None) -> Shown:
 
 
 def stopped(history: Sequence[Shown]) -> list[Shown]:
-    """The conversation with its last answer marked as stopped."""
+    """The conversation; its last answer is marked as stopped if it was not complete."""
     if not history or history[-1]["role"] != "assistant":
         return list(history)
     text, note = (part["text"] for part in history[-1]["content"])
+    if not note.endswith(GROWING):
+        return list(history)
+    note = note.removesuffix(GROWING).rstrip()
     return [*history[:-1], answer(text, f"{note} · stopped" if text else "stopped")]
 
 
@@ -64,4 +68,4 @@ def figures(state: Progress) -> str:
     if state.dropped_turns:
         turns = "oldest turn" if state.dropped_turns == 1 else f"{state.dropped_turns} oldest turns"
         parts.append(f"the {turns} did not fit: not read")
-    return " · ".join(parts)
+    return " · ".join(parts) + ("" if state.finish_reason else f" {GROWING}")

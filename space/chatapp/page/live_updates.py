@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
+from chatapp.page.conversation import GROWING
 from chatapp.server.fair_queue import Busy, Client, FairQueue, Work
 
 T = TypeVar("T")
@@ -43,4 +44,4 @@ async def follow(queue: FairQueue, client: Client, work: Work[T]) -> AsyncIterat
 
 
 def waiting_line(ahead: int) -> str:
-    return f"waiting: {ahead} answer{'s' * (ahead != 1)} before this one"
+    return f"waiting: {ahead} answer{'s' * (ahead != 1)} before this one {GROWING}"

@@ -3,19 +3,24 @@
 The export stage writes a card beside each model (card.json). Facts that a card does not hold are left out.
 """
 
+import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import PurePosixPath
 from typing import Any
 
 Card = Mapping[str, Any]
-MEASURED = {  # the keys of a card's `quality`, with their label and format
+Evaluation = Mapping[str, Any]  # what the evaluate stage wrote: reports/evaluation.json
+MEASURED = {  # the figures of each model, with their label and format
     "perplexity": ("perplexity", "{:.2f}"),
-    "perplexity_before": ("perplexity before the export", "{:.2f}"),
     "token_accuracy": ("token accuracy", "{:.1%}"),
-    "token_agreement": ("greedy tokens equal to those before the export", "{:.1%}"),
-    "bytes": ("size, MB", "{:.0f}"),
+    "megabytes": ("size, MB", "{:.0f}"),
 }
+PERPLEXITY = (
+    "Perplexity: among how many equally likely tokens a model hesitates, on average, at each token of an answer. "
+    "Lower is better."
+)
+FILE_TYPES = re.compile(r"(\.Q\d\w*)?\.(gguf|jsonl?|csv|parquet)(\.gz)?$", re.IGNORECASE)
 
 
 def title(card: Card) -> str:
@@ -34,39 +39,68 @@ def subtitle(card: Card) -> str:
     return " · ".join(parts)
 
 
-def about(cards: Mapping[str, Card], commit: str = "") -> str:
+def about(cards: Mapping[str, Card], commit: str = "", evaluation: Evaluation | None = None) -> str:
     """One Markdown page of all cards, by the name of their model; the first is the tuned model's.
 
-    `commit`: the project's commit that serves the models.
+    `commit`: the project's commit that serves the models. `evaluation`: the figures that the project reports, of base
+    and tuned before the export; without them, the page shows those of the cards.
     """
     first = next(iter(cards.values()))
     origin = {**_origin(first), **({"Project's commit": _code(commit)} if commit else {})}
-    parts = [_measured(cards), _table("Where it comes from", origin)]
     training = (first.get("training") or {}).get("params") or {}
-    for heading, params in (("Training parameters", training), ("Export parameters", first.get("export") or {})):
-        parts.append(_table(heading, {key: _code(value) for key, value in params.items()}, ("parameter", "value")))
+    parts = [
+        _measured(cards, evaluation or {}),
+        _section("Where it comes from", _table(origin)),
+        _folded("Training parameters", _parameters(training)),
+        _folded("Export parameters", _parameters(first.get("export") or {})),
+    ]
     return "\n\n".join(filter(None, parts))
 
 
-def _measured(cards: Mapping[str, Card]) -> str:
-    held_out = next(iter(cards.values())).get("held_out")
-    names = sorted(cards)
+def _measured(cards: Mapping[str, Card], evaluation: Evaluation) -> str:
+    """One set of figures: those that the project reports, or else those of the cards."""
+    exported = {name: _figures(cards[name].get("quality") or {}) for name in sorted(cards)}
+    if "tuned" in evaluation and "tuned" in exported:
+        columns = {name: _figures(evaluation.get(name) or {}) for name in ("base", "tuned")}
+        columns["tuned, exported"] = exported["tuned"]
+        below = [PERPLEXITY, _difference(evaluation), "This page answers with the exported models."]
+    else:
+        columns, below = exported, [PERPLEXITY]
     rows = []
     for key, (label, form) in MEASURED.items():
-        values = [(cards[name].get("quality") or {}).get(key) for name in names]
-        if any(value is not None for value in values):
-            scale = 1e6 if key == "bytes" else 1
-            shown = ["–" if value is None else form.format(value / scale) for value in values]
+        if any(key in figures for figures in columns.values()):
+            shown = [form.format(figures[key]) if key in figures else "–" for figures in columns.values()]
             rows.append(f"| {label} | {' | '.join(shown)} |")
     if not rows:
         return ""
+    held_out = evaluation.get("held_out") or next(iter(cards.values())).get("held_out")
     data = (
         f" on {held_out['conversations']} held-out conversations, {held_out['supervised_tokens']} tokens"
         if held_out
         else ""
     )
-    head = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
-    return "\n".join([f"### Measured{data}", "", *head, *rows])
+    head = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    table = "\n".join([*head, *rows])
+    return _section(f"Measured{data}", "\n\n".join(filter(None, [table, *below])))
+
+
+def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the figures that the page shows, and the size in MB."""
+    figures = {key: measured[key] for key in MEASURED if measured.get(key) is not None}
+    return figures | ({"megabytes": measured["bytes"] / 1e6} if measured.get("bytes") else {})
+
+
+def _difference(evaluation: Evaluation) -> str:
+    """The sentence about tuned against base, with its interval."""
+    difference = evaluation.get("difference")
+    if not difference:
+        return ""
+    low, high = difference["loss_ci95_low"], difference["loss_ci95_high"]
+    verdict = "excludes zero" if difference["significant"] else "includes zero: no difference is shown"
+    return (
+        f"Difference of loss (the logarithm of perplexity), tuned minus base: {difference['loss']:+.3f}, "
+        f"95 % interval [{low:+.3f}, {high:+.3f}]. The interval {verdict}."
+    )
 
 
 def _origin(card: Card) -> dict[str, str]:
@@ -89,10 +123,23 @@ def _origin(card: Card) -> dict[str, str]:
     return origin
 
 
-def _table(heading: str, rows: Mapping[str, str], columns: tuple[str, str] = ("", "")) -> str:
+def _section(heading: str, text: str) -> str:
+    return f"### {heading}\n\n{text}" if text else ""
+
+
+def _folded(heading: str, text: str) -> str:
+    """A section that opens with a click. Markdown inside HTML needs empty lines around it."""
+    return f"<details><summary>{heading}</summary>\n\n{text}\n\n</details>" if text else ""
+
+
+def _parameters(params: Mapping[str, Any]) -> str:
+    return _table({key: _code(value) for key, value in params.items()}, ("parameter", "value"))
+
+
+def _table(rows: Mapping[str, str], columns: tuple[str, str] = ("", "")) -> str:
     if not rows:
         return ""
-    lines = [f"### {heading}", "", f"| {columns[0]} | {columns[1]} |", "| --- | --- |"]
+    lines = [f"| {columns[0]} | {columns[1]} |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
@@ -102,5 +149,5 @@ def _code(value: Any) -> str:
 
 
 def _short(source: str) -> str:
-    """`owner/phi-2` → `phi-2`; a file's name up to its first dot."""
-    return PurePosixPath(source).name.partition(".")[0]
+    """`owner/Qwen2.5-0.5B` → `Qwen2.5-0.5B`; a file's name without its type."""
+    return FILE_TYPES.sub("", PurePosixPath(source).name)

@@ -8,6 +8,8 @@ import gradio as gr
 from chatapp.engine import Sampling
 
 DEFAULTS = Sampling()
+# Run when the panel opens. It stands below the fold, and is higher only after the next frame.
+SHOW = """() => setTimeout(() => document.getElementById("settings").scrollIntoView({ block: "end" }), 50)"""
 MAX_TOKENS = 2048
 
 

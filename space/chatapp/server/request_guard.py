@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatapp.server.api_errors import ApiError, BodyTooLarge
 
-MAX_BODY = 1 << 20  # bytes; the longest conversation that a model reads has a fraction of these
+# Bytes. A model reads a fraction of these, but clients send the whole history of a conversation.
+MAX_BODY = 4 << 20
 # Gradio keeps uploads on the disk, and this app takes no files.
 UPLOADS = "/gradio_api/upload"
 GRADIO = "/gradio_api/"

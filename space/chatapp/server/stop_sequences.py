@@ -3,22 +3,35 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from chatapp.engine import Chunk
+from chatapp.engine import Chunk, TokenLogprob
 
 
 def until_stop(chunks: Iterator[Chunk], stops: Sequence[str]) -> Iterator[Chunk]:
-    """`chunks` up to a stop sequence. Text that may be the beginning of one is held back until the next chunk."""
+    """`chunks` up to a stop sequence. Text that may be the beginning of one is held back until the next chunk.
+
+    Log probabilities stay with the text that their tokens began.
+    """
     held = ""
+    begun: list[tuple[int, tuple[TokenLogprob, ...]]] = []  # where in `held` the text of these tokens begins
     for chunk in chunks:
+        begun.append((len(held), chunk.logprobs))
         held += chunk.text
         ends = [at for stop in stops if (at := held.find(stop)) >= 0]
         if ends:
-            yield replace(chunk, text=held[: min(ends)], finish_reason="stop")
+            logprobs = _together(each for at, each in begun if at < min(ends))
+            yield replace(chunk, text=held[: min(ends)], finish_reason="stop", logprobs=logprobs)
             return
         keep = 0 if chunk.finish_reason else max((_begun(held, stop) for stop in stops), default=0)
-        ready, held = held[: len(held) - keep], held[len(held) - keep :]
+        edge = len(held) - keep
+        ready, held = held[:edge], held[edge:]
         if ready or chunk.finish_reason:
-            yield replace(chunk, text=ready)
+            logprobs = _together(each for at, each in begun if at < edge or chunk.finish_reason)
+            begun = [(at - edge, each) for at, each in begun if at >= edge and not chunk.finish_reason]
+            yield replace(chunk, text=ready, logprobs=logprobs)
+
+
+def _together(parts: Iterator[tuple[TokenLogprob, ...]]) -> tuple[TokenLogprob, ...]:
+    return tuple(each for part in parts for each in part)
 
 
 def _begun(text: str, stop: str) -> int:
