@@ -1,7 +1,8 @@
 """Publish the model and the chat app on the Hugging Face hub: a model repository and a Space, both called user/name.
 
-Reads models/merged/, models/adapter/, models/onnx/, reports/ and what build/space/ is made from. The Space takes its
-models from the model repository, at the commit that was just published: the hub limits the size of a Space's own files.
+Reads models/merged/, models/adapter/, models/onnx/, models/gguf/, reports/ and what build/space/ is made from. The
+Space takes its models from the model repository, at the commit that was just published: the hub limits the size of a
+Space's own files.
 Files that the hub already has are not sent again: a second deploy of the same content sends nothing, and a deploy that
 was interrupted continues.
 Run: `make deploy SPACE=user/name`; with `DRY=1` it only lists what would go.
@@ -32,8 +33,11 @@ from stages.common.schema import MergeParams
 
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
+GGUF = Path("models/gguf")
 RAW_SOURCE = Path("data/raw/source.json")
-REPORTS = [Path("reports") / name for name in ("evaluation.json", "exported.json", "samples.json", "samples.md")]
+REPORTS = [
+    Path("reports") / name for name in ("evaluation.json", "exported.json", "gguf.json", "samples.json", "samples.md")
+]
 CARD = Path(__file__).parent / "cards/hub.md"
 MODEL = Path("build/model")
 # This file marks a repository that a deploy made; its other files are replaced.
@@ -42,7 +46,7 @@ UNPUBLISHED = "0" * 40  # the commit in a dry run's Space
 
 
 def build_model(repository: str) -> Path:
-    """Make and return build/model/: the merged model, its ONNX form, the adapter, what was measured, a card."""
+    """Make and return build/model/: the merged model, its ONNX and GGUF forms, the adapter, the reports, a card."""
     for folder in (MERGED, ADAPTER, ONNX / "tuned"):
         if not folder.is_dir():
             raise StageError(f"{folder} is missing. Run `make all` to make it.")
@@ -52,6 +56,8 @@ def build_model(repository: str) -> Path:
         shutil.copytree(MERGED, folder, copy_function=_link)
         shutil.copytree(ONNX, folder / "onnx", copy_function=_link)
         shutil.copytree(ADAPTER, folder / "adapter", copy_function=_link)
+        if GGUF.is_dir() and any(GGUF.iterdir()):
+            shutil.copytree(GGUF, folder / "gguf", copy_function=_link)
         for licence in BASE.glob("LICEN*"):
             shutil.copyfile(licence, folder / licence.name)
         for report in REPORTS:
@@ -63,13 +69,14 @@ def build_model(repository: str) -> Path:
         write_json(folder / "adapter/adapter_config.json", {**config, "base_model_name_or_path": on_hub})
         datasets, training = read_sources(RAW_SOURCE), read_json(ADAPTER / "training.json", ["params"])
         card = model_card(training, read_source(BASE / "source.json"), datasets, merged_with(), repository)
-        write_text(folder / "README.md", hub_card(card, repository))
+        files = sorted(path.name for path in (folder / "gguf").glob("*.gguf"))
+        write_text(folder / "README.md", hub_card(card, repository, files))
     return MODEL
 
 
-def hub_card(card: str, repository: str) -> str:
-    """The merged model's card for the repository, and the other files there."""
-    return Template(CARD.read_text(encoding="utf-8")).render(card=card, repository=repository) + "\n"
+def hub_card(card: str, repository: str, gguf: list[str]) -> str:
+    """The merged model's card for the repository, and how to run the other files there; `gguf`: their names."""
+    return Template(CARD.read_text(encoding="utf-8")).render(card=card, repository=repository, gguf=gguf) + "\n"
 
 
 def merged_with() -> dict[str, Any]:

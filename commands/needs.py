@@ -58,6 +58,9 @@ def peaks(config: PretrainedConfig, params: Params, tokens: int) -> dict[str, Pe
     scoring_export = scoring_bytes(config, EXPORT_BATCH, tokens)
     merged_file = shape.parameters * memory.dtype_bytes(params.merge_dtype)
     measuring = shape.parameters * 4 + max(merged_file, round(memory.FRAGMENTATION * scoring_export))
+    # gguf holds the model in float32, and writes a file from memory, or scores.
+    written = max((memory.GGUF_BYTES[kind] for kind in params.gguf_types), default=0.0) * shape.parameters
+    converting = shape.parameters * 4 + max(merged_file, round(memory.FRAGMENTATION * scoring_export), round(written))
     loaded = memory.CUDA_CONTEXT + memory.weight_bytes(shape, dtype, four_bit, double)
     return {
         "load": Peak(loading, loaded),
@@ -68,6 +71,7 @@ def peaks(config: PretrainedConfig, params: Params, tokens: int) -> dict[str, Pe
             memory.CUDA_CONTEXT + evaluated + evaluating,
         ),
         "export": Peak(memory.LIBRARIES + max(building, measuring), None),
+        **({"gguf": Peak(memory.LIBRARIES + converting, None)} if params.gguf_types else {}),
     }
 
 
@@ -106,6 +110,7 @@ def disk(config: PretrainedConfig, params: Params, download: int | None, fetched
     outputs = shape.parameters * memory.dtype_bytes(params.merge_dtype) + shape.adapter * 4
     exported = {"int4": 1, "int8": 1, "fp16": 2, "fp32": 4}[params.export_precision]  # at most: int4 keeps some in int8
     outputs += shape.parameters * exported * (1 + params.export_base)
+    outputs += round(shape.parameters * sum(memory.GGUF_BYTES[kind] for kind in params.gguf_types))
     if not fetched:  # a fetched model is there, and in DVC's cache
         outputs += base
     return {

@@ -39,6 +39,9 @@ class Shape:
         return self.parameters - self.quantised
 
 
+GGUF_BYTES = {"F16": 2.0, "Q8_0": 34 / 32, "Q5_1": 24 / 32, "Q5_0": 22 / 32, "Q4_1": 20 / 32, "Q4_0": 18 / 32}
+
+
 def dtype_bytes(name: str) -> int:
     """Bytes a weight of a number format, by its PyTorch name."""
     return {"float32": 4, "bfloat16": 2, "float16": 2}[name]

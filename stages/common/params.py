@@ -125,6 +125,7 @@ RULES: list[Rule] = [
     (("save_steps", "max_steps"), lambda values: _steps(values, "save_steps", "nothing would be saved")),
     (("merge_base", "load_in_4bit"), _merge_base),
     (("target_modules",), lambda values: _distinct(values, "target_modules")),
+    (("gguf_types",), lambda values: _distinct(values, "gguf_types")),
     (("languages",), lambda values: _distinct(values, "languages")),
     (("tree_states",), lambda values: _distinct(values, "tree_states")),
     (("sample_prompts",), lambda values: _distinct(values, "sample_prompts")),

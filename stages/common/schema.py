@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Layer = Literal["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "lm_head"]
+GgufType = Literal["F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]  # what the gguf package can write
 Optimiser = Literal[
     "paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"
 ]
@@ -23,6 +24,10 @@ EvalBatchSize = Annotated[int, Field(gt=0, description="Conversations in a forwa
 StopPrompts = Annotated[
     int,
     Field(gt=0, description="Held-out questions that are answered: how often answers end, how long they are."),
+]
+MaxPerplexityIncrease = Annotated[
+    float,
+    Field(gt=0, description="Share by which perplexity may rise against the merged model before export and gguf fail."),
 ]
 MaxNewTokens = Annotated[int, Field(gt=0, description="Tokens after which an answer is cut.")]
 Seed = Annotated[
@@ -236,10 +241,15 @@ class ExportParams(Section):
     export_int8_layers: list[Layer] = Field(
         description="Layers that keep 8 bits when export_precision is int4: those that lose the most quality in 4 bits."
     )
-    export_max_perplexity_increase: float = Field(
-        gt=0, description="Share by which perplexity may rise against the merged model before export fails."
-    )
+    export_max_perplexity_increase: MaxPerplexityIncrease
     export_base: bool = Field(description="Export the base model, too, to show it beside the tuned one.")
+
+
+class GgufParams(Section):
+    export_max_perplexity_increase: MaxPerplexityIncrease
+    gguf_types: list[GgufType] = Field(
+        default=[], description="Formats of the GGUF files for llama.cpp and Ollama; [] makes none."
+    )
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -251,10 +261,12 @@ SECTIONS: dict[str, type[Section]] = {
     "merge": MergeParams,
     "evaluate": EvaluateParams,
     "export": ExportParams,
+    "gguf": GgufParams,
 }
 
 
 class Params(
+    GgufParams,
     ExportParams,
     EvaluateParams,
     MergeParams,

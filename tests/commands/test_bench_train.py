@@ -11,7 +11,10 @@ from stages.common.artifacts import read_json
 from stages.common.model_files import load_config
 from tests.support.project import ROOT
 
+recorded = pytest.mark.skipif(not train.RESULTS.is_file(), reason="the benchmark was not run")
 
+
+@recorded
 def test_the_page_shows_the_recorded_results():
     results = json.loads(train.RESULTS.read_text(encoding="utf-8"))
     text = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
@@ -42,7 +45,7 @@ def test_a_table_compares_each_side_with_the_project():
     assert "| floor | 667 | 0.75 |  |  |" in said and "floor: 150" in said
 
 
-@pytest.mark.skipif(not train.RESULTS.is_file(), reason="the benchmark was not run")
+@recorded
 def test_the_results_say_where_they_come_from():
     results = read_json(train.RESULTS)
     assert len(results["commit"]) == 40 and "cores of" in results["machine"]

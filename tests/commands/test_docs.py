@@ -28,6 +28,7 @@ LISTS: dict[str, list[Any]] = {
     "target_modules": ["q_proj", "v_proj"],
     "sample_prompts": ["Hello: how are you?", "Why?"],
     "export_int8_layers": ["fc1", "lm_head"],
+    "gguf_types": ["Q8_0", "F16"],
 }
 
 

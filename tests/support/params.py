@@ -104,9 +104,10 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "export_symmetric": True,
         "export_accuracy_level": 1,
         "export_int8_layers": [],
-        "export_max_perplexity_increase": 0.5,
         "export_base": False,
     },
+    "export gguf": {"export_max_perplexity_increase": 0.5},
+    "gguf": {"gguf_types": ["F16"]},
 }
 
 
