@@ -22,7 +22,7 @@ def experiment(finished, tmp_path_factory) -> Project:
     """The finished project after an experiment with another learning rate. No test may change it."""
     project = finished.copy(tmp_path_factory.mktemp("experiment") / "a project")
     said = project.run("dvc", "exp", "run", "-S", "learning_rate=1e-5").stdout
-    assert stages_run(said) == ["train", "merge", "evaluate", "export"]
+    assert stages_run(said) == ["train", "merge", "evaluate", "export", "gguf"]
     return project
 
 
@@ -83,7 +83,7 @@ def test_metrics_are_read_in_120_columns_after_a_change_of_data(after_experiment
     write_jsonl(after_experiment.folder / "data/local/trees.jsonl", trees)
     after_experiment.set(languages=[])
     said = after_experiment.run("dvc", "repro", "evaluate").stdout
-    assert stages_run(said) == [stage for stage in STAGES if stage not in ("fetch_model", "export")]
+    assert stages_run(said) == [stage for stage in STAGES if stage not in ("fetch_model", "export", "gguf")]
     check_width(after_experiment)
 
 

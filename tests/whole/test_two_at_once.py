@@ -61,7 +61,7 @@ def test_experiments_beside_each_other_do_not_disturb_each_other(cold_project):
     cold_project.commit("data and model")
     for steps in (1, 2, 3):
         result = cold_project.run("dvc", "exp", "run", "--temp", "--name", f"alone-{steps}", *settings(steps))
-        assert stages_run(result.stdout)[-1] in ("evaluate", "export")
+        assert stages_run(result.stdout)[-1] in ("evaluate", "export", "gguf")
     shutil.rmtree(cold_project.folder / ".dvc/cache/runs", ignore_errors=True)
     for steps in (2, 3):
         cold_project.run("dvc", "exp", "run", "--queue", "--name", f"queued-{steps}", *settings(steps))
