@@ -80,7 +80,7 @@ def test_everything_that_is_shown(folder, monkeypatch, capsys):
     ]
     assert shown["kept"] == ["41 conversations: 31 to train on, 10 held out (24.4%)"]
     assert re.fullmatch(r"tokens: median \d+, 95 % up to \d+, longest \d{3,}", shown["lengths"][0])
-    assert "max_steps: 6" in said.partition("To train on it")[2]  # three passes of 31, 16 a step
+    assert "max_steps: 24" in said.partition("To train on it")[2]  # three passes of 31, 4 a step
 
 
 def test_it_shows_what_the_stages_make(folder, monkeypatch, capsys):

@@ -39,7 +39,7 @@ python -m stages train
 git checkout params.yaml dvc.lock reports
 dvc checkout
 dvc exp run --name slower -S learning_rate=1e-4
-dvc exp run -S bf16=true -S eval_dtype=bfloat16 -S learning_rate=2e-3 -S max_steps=20
+dvc exp run -S learning_rate=1e-3
 dvc exp show --only-changed
 dvc plots show
 dvc plots diff

@@ -78,7 +78,7 @@ def test_the_plan_of_the_embedded_recipe_fits_a_laptop(in_the_project, capsys):
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_with_the_nearest_change(in_the_project, capsys):
     in_the_project("smollm2-cpu", Machine(cores=2, memory=3 * GIB, disk=100 * GIB, gpu=None))
-    nearest = "dequantize_once: false, gradient_checkpointing: true"
+    nearest = "gradient_checkpointing: true, per_device_train_batch_size: "
     with pytest.raises(StageError, match=f"(?s)train: needs [45].*The nearest change that fits: {nearest}") as e:
         plan.main()
     assert "TOO MUCH: there are 3.0 GiB" in capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_the_change_it_names_does_fit(in_the_project):
 @pytest.mark.slow
 def test_a_full_disk_is_said(in_the_project):
     in_the_project("smollm2-cpu", Machine(cores=2, memory=8 * GIB, disk=GIB // 2, gpu=None))
-    with pytest.raises(StageError, match=r"disk: needs 1\.\d GiB, 0.5 are free: free 1\.\d more"):
+    with pytest.raises(StageError, match=r"disk: needs 2\.\d GiB, 0.5 are free: free 1\.\d more"):
         plan.main()
 
 
@@ -165,7 +165,7 @@ def test_lengths_are_taken_of_both_splits_and_of_these_parameters_alone(monkeypa
     assert plan.tokenized(EMBEDDED) is None
     fetched = [{"source": EMBEDDED.dataset, "revision": None}]
     (tmp_path / "source.json").write_text(json.dumps(fetched))
-    (tmp_path / "params.json").write_text(json.dumps({"max_length": 256, "chat_template": "chatml"}))
+    (tmp_path / "params.json").write_text(json.dumps({"max_length": EMBEDDED.max_length, "chat_template": "chatml"}))
     pd.DataFrame({"length": [10, 80, 20, 30, 50, 40, 60, 70]}).to_parquet(tmp_path / "train.parquet")
     pd.DataFrame({"length": [90, 10]}).to_parquet(tmp_path / "validation.parquet")
     found = plan.tokenized(EMBEDDED)
@@ -191,10 +191,10 @@ def test_steps_tokens_and_time_are_said_from_a_measured_batch(in_the_project, mo
     monkeypatch.setattr(plan, "seconds_of_a_batch", lambda base, params, tokens: 6.0 if tokens == 150 else 1e9)
     plan.main()
     said = capsys.readouterr().out
-    assert "40 steps, 640 conversations, at most 163,840 tokens" in said
-    assert "6.4 passes over data/tokenized: 100 conversations, 200 tokens at most, 150 in a batch on average" in said
-    # 160 batches of 6 s; nine evaluations of ten batches each, of which each is a third of a step's work.
-    assert "about 16 minutes of training steps, about 3 minutes of 9 evaluations, at the 6.0 s measured" in said
+    assert "80 steps, 320 conversations, at most 102,400 tokens" in said
+    assert "3.2 passes over data/tokenized: 100 conversations, 200 tokens at most, 150 in a batch on average" in said
+    # 80 batches of 6 s; five evaluations of ten batches each, of which each is a third of a step's work.
+    assert "about 8 minutes of training steps, about 2 minutes of 5 evaluations, at the 6.0 s measured" in said
 
 
 def test_what_does_not_fit_is_red_on_a_terminal(monkeypatch):

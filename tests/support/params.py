@@ -61,7 +61,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "lora_dropout": 0.2,
         "target_modules": ["q_proj"],
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": 3,
         "max_steps": 5,
         "optim": "adamw_torch",
         "learning_rate": 1e-4,
