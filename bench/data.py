@@ -12,7 +12,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from bench.chat_server import ROOT
 from bench.oasst_size import MESSAGES, write_trees
 from bench.phi2_full_size import measured
+from bench.turns import seconds
 from stages.common.artifacts import write_json
 from stages.common.model_files import load_tokenizer
 from stages.tokenize import load_template, tokenize
@@ -49,12 +49,6 @@ def make_project(folder: Path) -> None:
     raw.mkdir(parents=True)
     write_trees(raw / Path(SOURCE).name, ready_alone=False)
     write_json(raw.parent / "source.json", [{"source": SOURCE, "revision": "0" * 40, "hub": SOURCE, "license": None}])
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def ways(

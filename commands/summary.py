@@ -93,5 +93,5 @@ def main() -> None:
     print(f"\n{exported(read_json(REPORTS / 'exported.json'))}")
     print(
         "The model: models/merged/ (its card: README.md there). More answers: reports/samples.md.\n"
-        "All figures: reports/evaluation.json. The loss curve: dvc plots show. Another try: dvc exp run -S max_steps=24"
+        "All figures: reports/evaluation.json. The loss curve: dvc plots show. Another try: dvc exp run -S lora_r=32"
     )

@@ -132,8 +132,10 @@ def step_bytes(config: PretrainedConfig, params: TrainParams, tokens: int, on_gp
     return _extended(config, peak)
 
 
-def scoring_bytes(config: PretrainedConfig, batch_size: int, tokens: int) -> int:
-    """Peak memory of `scoring.score` beyond weights, for a batch padded to `tokens`, all of them supervised."""
+def _forward_bytes(
+    config: PretrainedConfig, batch_size: int, tokens: int, forward: Callable[[PreTrainedModel, torch.Tensor], None]
+) -> int:
+    """Peak memory of `forward` without gradients beyond weights; it gets the model and ids of (batch_size, tokens)."""
 
     def peak(layers: int) -> int:
         model = empty_model(config, layers)
@@ -143,12 +145,21 @@ def scoring_bytes(config: PretrainedConfig, batch_size: int, tokens: int) -> int
             live = LiveBytes()
             live.ignore([*model.parameters(), *model.buffers()])
             with live.mode:
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-                torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").double()
-                logits.argmax(dim=-1)
+                forward(model, ids)
         return live.peak
 
     return _extended(config, peak)
+
+
+def scoring_bytes(config: PretrainedConfig, batch_size: int, tokens: int) -> int:
+    """Peak memory of `scoring.score` beyond weights, for a batch padded to `tokens`, all of them supervised."""
+
+    def forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").double()
+        logits.argmax(dim=-1)
+
+    return _forward_bytes(config, batch_size, tokens, forward)
 
 
 def answering_bytes(config: PretrainedConfig, batch_size: int, tokens: int, dtype: str) -> int:
@@ -157,21 +168,13 @@ def answering_bytes(config: PretrainedConfig, batch_size: int, tokens: int, dtyp
     Keys and values of all tokens are held, and those of one layer twice, while a step adds to them.
     """
 
-    def peak(layers: int) -> int:
-        model = empty_model(config, layers)
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            model.to_empty(device="cpu")
-            ids = torch.zeros(batch_size, tokens, dtype=torch.long)
-            live = LiveBytes()
-            live.ignore([*model.parameters(), *model.buffers()])
-            with live.mode:
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
-        return live.peak
+    def forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
 
     heads = config.num_key_value_heads or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * batch_size * tokens * heads * size * dtype_bytes(dtype)
-    return _extended(config, peak) + (config.num_hidden_layers + 1) * cache
+    layer = 2 * batch_size * tokens * heads * size * dtype_bytes(dtype)
+    return _forward_bytes(config, batch_size, tokens, forward) + (config.num_hidden_layers + 1) * layer
 
 
 def seconds_of_a_batch(base: Path, params: TrainParams, tokens: int) -> float:

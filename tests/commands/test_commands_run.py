@@ -39,7 +39,7 @@ python -m stages train
 git checkout params.yaml dvc.lock reports
 dvc checkout
 dvc exp run --name slower -S learning_rate=1e-4
-dvc exp run -S learning_rate=1e-3
+dvc exp run -S learning_rate=2e-3 -S max_steps=40 -S gradient_accumulation_steps=2 -S max_new_tokens=256
 dvc exp show --only-changed
 dvc plots show
 dvc plots diff
@@ -48,7 +48,7 @@ dvc exp branch slower slower-run
 dvc exp remove slower
 git checkout params.yaml dvc.lock reports
 dvc checkout
-dvc exp run --name longer -S max_steps=24
+dvc exp run --name rank -S lora_r=32
 dvc exp run -S learning_rate=1e-4
 dvc exp run -S merge_base=dequantized
 dvc exp run -S merge_base=original
@@ -76,6 +76,7 @@ ELSEWHERE = {
     "dvc push": "tests/whole/test_remote.py",
     "dvc add": "tests/whole/test_experiments.py",
     "dvc exp run -S truncation_side": "tests/stages/test_truncation.py",
+    "dvc exp run -S max_turns": "an earlier recipe; each key alone: tests/commands/test_docs.py",
     "make check": "tests/commands/test_check.py",
     "python -m tests.support.templates": "tests/stages/test_templates.py",
     "dvc pull": "tests/whole/test_remote.py",

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.common.chat import Chat, check_same_ids, end_ids, rendered_by
+from stages.common.chat import Chat, end_ids
 from stages.common.chat.probes import probes
 from stages.common.errors import StageError
-from stages.common.gguf_file import check_architecture, load_weights, read_chat, split_of, write_gguf
+from stages.common.gguf_file import check_architecture, load_weights, split_of, write_gguf
 from stages.common.model_files import load_tokenizer
 from stages.common.modelfile import modelfile, turns_of
 from stages.common.models import load_model
@@ -131,9 +131,3 @@ def test_a_template_that_is_more_than_fixed_texts_has_no_modelfile(template, tin
     tokenizer = load_tokenizer(tiny_llama)
     chat = Chat(tokenizer.backend_tokenizer, template, {}, "a template")
     assert turns_of(chat) is None
-
-
-def test_the_check_compares_with_training(tuned, tmp_path):
-    model, tokenizer = tuned
-    write_gguf(model, tokenizer, tmp_path / "tuned.gguf", "F16")
-    check_same_ids(read_chat(tmp_path / "tuned.gguf"), rendered_by(tokenizer), "the file")

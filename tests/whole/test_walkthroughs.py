@@ -1,7 +1,6 @@
 """The walk-throughs of docs/contributing.md: what they change is enough, in a copy of the project."""
 
 import functools
-import json
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 import pytest
 
+from stages.common.artifacts import read_json
 from tests.support.project import ROOT, Project, error_line, stages_run
 from tests.support.rows import message, small_trees, write_jsonl
 from tests.support.walkthroughs import apply, walkthrough
@@ -58,7 +58,7 @@ def test_a_new_filter_filters(tiny_project):
     project.run("dvc", "repro", "prepare")
 
     def dropped() -> dict:
-        return json.loads((project.folder / "reports/funnel.json").read_text(encoding="utf-8"))["dropped"]
+        return read_json(project.folder / "reports/funnel.json")["dropped"]
 
     assert "too_short" not in dropped()
     said = project.run("dvc", "exp", "run", "prepare", "-S", "min_characters=5").stdout
@@ -78,7 +78,7 @@ def test_a_new_form_is_read(tiny_project):
     ]
     write_jsonl(project.folder / "data/local/trees.jsonl", [{"dialog": each} for each in turns])
     project.run("dvc", "repro", "prepare")
-    read = json.loads((project.folder / "reports/funnel.json").read_text(encoding="utf-8"))["read"]
+    read = read_json(project.folder / "reports/funnel.json")["read"]
     assert read["messages"] == 16 and read["trees"] == 8
     kept = [pd.read_parquet(project.folder / f"data/prepared/{split}.parquet") for split in ("train", "validation")]
     found = [[dict(turn) for turn in messages[-2:]] for messages in pd.concat(kept)["messages"]]
@@ -111,8 +111,8 @@ def test_a_new_source_is_fetched_and_pinned(tiny_project):
 def test_a_new_stage_runs_after_the_others(finished_project):
     project = changed(finished_project, STAGE)
     assert stages_run(project.run("dvc", "repro").stdout) == ["judge"]
-    samples = json.loads((project.folder / "reports/samples.json").read_text(encoding="utf-8"))
-    judged = json.loads((project.folder / "reports/judged.json").read_text(encoding="utf-8"))
+    samples = read_json(project.folder / "reports/samples.json")
+    judged = read_json(project.folder / "reports/judged.json")
     assert set(judged) == {"base", "tuned"} and all(0 <= count <= len(samples) for count in judged.values())
     said = project.run("dvc", "exp", "run", "-S", "judge_max_words=1").stdout
     assert stages_run(said) == ["judge"]
@@ -125,7 +125,7 @@ def test_a_new_stage_runs_after_the_others(finished_project):
 def test_a_new_metric_is_in_the_report(finished_project):
     project = changed(finished_project, METRIC)
     assert stages_run(project.run("dvc", "repro", "evaluate").stdout) == ["evaluate"]
-    answers = json.loads((project.folder / "reports/evaluation.json").read_text(encoding="utf-8"))["answers"]
+    answers = read_json(project.folder / "reports/evaluation.json")["answers"]
     assert all(0 <= answers[name]["empty"] <= 1 for name in ("references", "base", "tuned"))
     project.run("pytest", "-p", "no:cacheprovider", "tests/stages/test_answers.py")
 
