@@ -8,6 +8,7 @@ from chatapp.engine import Engine
 from chatapp.page.api_usage import usage
 from chatapp.page.chat_view import ChatView
 from chatapp.page.compare_view import CompareView
+from chatapp.page.kept_conversation import keeper
 from chatapp.page.live_updates import AT_ONCE
 from chatapp.page.model_card import Evaluation, about, subtitle, title
 from chatapp.page.settings_panel import SHOW, settings_panel
@@ -26,15 +27,17 @@ def chat_page(
     engine = next(iter(engines.values()))
     with gr.Blocks(title=title(engine.card), fill_height=True, analytics_enabled=False) as page:
         gr.Markdown(f"# {title(engine.card)}\n{subtitle(engine.card)}", elem_id="title")
+        # A store inside a tab would be read only when a reader opens the tab.
+        kept = {view: keeper(title(engine.card), view) for view in ("chat", "compare")}
         # The panel stands below the views, but they need its components first.
         with gr.Accordion("Settings", open=False, elem_id="settings", render=False) as panel:
             settings = settings_panel(engine.card.get("system_prompt") or "", engine.context_length)
         with gr.Tab("Chat") as chat:
-            ChatView(engine, queue, settings).restore_on_load(page)
+            ChatView(engine, queue, settings, kept["chat"]).restore_on_load(page)
         views = [chat]
         if len(engines) > 1:
             with gr.Tab("Compare") as compare:
-                CompareView(engines, queue, settings).restore_on_load(page)
+                CompareView(engines, queue, settings, kept["compare"]).restore_on_load(page)
             views.append(compare)
         texts = _texts(engines, commit, evaluation, page)
         panel.render()
