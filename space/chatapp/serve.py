@@ -54,7 +54,7 @@ def build(
     app.include_router(OpenAIApi(engines, queue, access).router)
     return gr.mount_gradio_app(
         app,
-        chat_page(engines, queue, commit, evaluation),
+        chat_page(engines, queue, commit, evaluation, needs_key=bool(access.key)),
         path="/",
         theme=THEME,
         css_paths=STYLE,

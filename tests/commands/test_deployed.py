@@ -193,7 +193,7 @@ def test_the_space_chats_from_the_hub_preloaded_and_as_make_space_builds_it(depl
     built = deployed.project.folder / "build/space"
     with app_of(built, HF_HUB_OFFLINE="1") as address:
         assert chats(address) == answer
-    for name in ("LICENSE", "commit.txt", "requirements.txt"):
+    for name in ("LICENSE", "commit.txt", "evaluation.json", "requirements.txt"):
         assert (built / name).stat().st_size > 0
 
 

@@ -6,6 +6,8 @@ import re
 import shlex
 import time
 
+import pytest
+
 from chatapp.page.answer_progress import Progress, progress, side_by_side
 from chatapp.page.api_usage import usage
 from chatapp.page.conversation import answer, as_messages, figures, last_question, question, stopped
@@ -113,10 +115,15 @@ def test_about_shows_the_figures_that_the_project_reports_and_no_others():
     assert "| perplexity | 16.68 | 12.29 | 12.37 |" in alone
 
 
-def test_the_usage_of_the_api_is_that_of_this_address():
-    text = usage("https://ada-chat.hf.space", ["tuned", "base"])
-    assert 'base_url="https://ada-chat.hf.space/v1"' in text and "(https://ada-chat.hf.space/v1/models)" in text
+@pytest.mark.parametrize("needs_key", [False, True])
+def test_the_usage_of_the_api_is_that_of_this_address(needs_key):
+    text = usage("https://ada-chat.hf.space", ["tuned", "base"], needs_key)
+    assert 'base_url="https://ada-chat.hf.space/v1"' in text
+    assert ("(https://ada-chat.hf.space/v1/models)" in text) == (not needs_key)
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         ast.parse(block)
+        assert f'api_key="{"KEY" if needs_key else "none"}"' in block
     (command,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert json.loads(shlex.split(command.replace("\\\n", ""))[-1])["model"] == "tuned"
+    words = shlex.split(command.replace("\\\n", ""))
+    assert json.loads(words[-1])["model"] == "tuned"
+    assert ("Authorization: Bearer KEY" in words) == needs_key

@@ -156,6 +156,24 @@ def test_a_reload_keeps_the_conversation(chat):
     assert chat.questions.count() == 0
 
 
+def test_a_reload_keeps_both_conversations_of_compare(chat):
+    chat.set_max_tokens(8)
+    compare = Compare(chat)
+    compare.ask("both")
+    notes = [compare.notes(name) for name in NAMES]
+    chat.page.reload()
+    compare = Compare(chat)
+    wait_until(lambda: all(compare.questions(name) == ["both"] for name in NAMES), seconds=20)
+    assert [compare.notes(name) for name in NAMES] == notes
+    assert chat.questions.count() == 0
+    compare.press("base", "Clear")
+    wait_until(lambda: not any(compare.questions(name) for name in NAMES))
+    chat.page.reload()
+    compare = Compare(chat)
+    chat.page.get_by_text("Answers of the base model").wait_for()
+    assert not any(compare.questions(name) for name in NAMES)
+
+
 def test_a_reload_keeps_what_an_answer_had_said(chat, held):
     held["tuned"].hold()
     held["tuned"].allow(5)

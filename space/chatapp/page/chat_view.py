@@ -19,9 +19,8 @@ from chatapp.page.conversation import (
     stopped,
     text_of,
 )
-from chatapp.page.kept_conversation import keeper, restored
+from chatapp.page.kept_conversation import restored
 from chatapp.page.live_updates import AT_ONCE, STREAMING, follow, reader
-from chatapp.page.model_card import title
 from chatapp.page.prompt_box import box_ready, box_while_answering, prompt_box
 from chatapp.page.settings_panel import Chosen
 from chatapp.server.fair_queue import FairQueue
@@ -38,7 +37,7 @@ Updates = AsyncIterator[tuple[Any, Any, Any]]  # of the prompt box, the conversa
 class ChatView:
     """Lays the tab out when it is made. Gradio calls the methods without an underscore, by the types they name."""
 
-    def __init__(self, engine: Engine, queue: FairQueue, settings: list[Any]) -> None:
+    def __init__(self, engine: Engine, queue: FairQueue, settings: list[Any], kept: gr.BrowserState) -> None:
         self._engine = engine
         self._queue = queue
         self._chatbot = gr.Chatbot(
@@ -52,7 +51,7 @@ class ChatView:
             placeholder="### What would you like to know?",
         )
         self._box = prompt_box("Message", "chat-box", autofocus=True)
-        self._kept = keeper(title(engine.card), "chat")
+        self._kept = kept
         self._connect(settings)
 
     def _connect(self, settings: list[Any]) -> None:

@@ -22,9 +22,8 @@ from chatapp.page.conversation import (
     stopped,
     text_of,
 )
-from chatapp.page.kept_conversation import all_restored, keeper
+from chatapp.page.kept_conversation import all_restored
 from chatapp.page.live_updates import AT_ONCE, STREAMING, follow, reader
-from chatapp.page.model_card import title
 from chatapp.page.prompt_box import box_ready, box_while_answering, prompt_box
 from chatapp.page.settings_panel import Chosen
 from chatapp.server.fair_queue import FairQueue
@@ -36,13 +35,15 @@ class CompareView:
     """Lays the tab out when it is made; the models stand in the order base, tuned. Gradio calls the methods without an
     underscore, by the types they name."""
 
-    def __init__(self, engines: Mapping[str, Engine], queue: FairQueue, settings: list[Any]) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], queue: FairQueue, settings: list[Any], kept: gr.BrowserState
+    ) -> None:
         self._engines = engines
         self._queue = queue
         self._names = sorted(engines)
         with gr.Row(scale=1, elem_id="compare", equal_height=True):
             self._chatbots = [self._chatbot(name) for name in self._names]
-        self._kept = keeper(title(next(iter(engines.values())).card), "compare")
+        self._kept = kept
         self._connect(prompt_box("Message to all models", "compare-box"), settings)
 
     def _chatbot(self, name: str) -> gr.Chatbot:
