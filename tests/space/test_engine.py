@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from chatapp.engine import CannotConstrain, Engine, Sampling, generators, prompt_cache
+from chatapp.engine import Engine, Sampling, prompt_cache
 from stages.common.artifacts import write_json
 from tests.support.chats import chat
 
@@ -210,83 +210,3 @@ def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine, monkeypatch):
     chunks = list(engine.stream(chat("egg " * 150), Sampling(), cancel))
     assert chunks[-1].finish_reason == "cancelled" and chunks[-1].tokens == 0
     assert steps == [16, 16]
-
-
-def test_logprobs_are_those_of_transformers(engine, model, request):
-    source = request.getfixturevalue(f"tiny_{'llama' if '<|im_end|>' == model.tokenizer.eos_token else 'phi'}")
-    reference = AutoModelForCausalLM.from_pretrained(source)
-    messages = chat("What is the capital of France?")
-    _, chunks = answer(engine, messages, max_tokens=8, logprobs=3)
-    found = [logprob for chunk in chunks for logprob in chunk.logprobs]
-    ids = engine.prompt_ids(messages)
-    for each in found:
-        expected = torch.log_softmax(reference(torch.tensor([ids])).logits[0, -1].double(), -1)
-        best = expected.topk(3)
-        assert each.logprob == pytest.approx(best.values[0].item(), abs=0.01)
-        assert [top.logprob for top in each.top] == pytest.approx(best.values.tolist(), abs=0.01)
-        assert each.token == each.top[0].token == engine._bytes.of(int(best.indices[0]))
-        ids = [*ids, int(best.indices[0])]
-    assert len(found) == 8
-    assert not any(chunk.logprobs for chunk in answer(engine, messages)[1])
-
-
-def test_a_frequency_penalty_ends_repetition(engine):
-    """The tiny models repeat themselves."""
-
-    def repeated(**sampling) -> int:
-        _, chunks = answer(engine, chat("Count."), max_tokens=40, logprobs=0, **sampling)
-        said = [each.token for chunk in chunks for each in chunk.logprobs]
-        return len(said) - len(set(said))
-
-    assert repeated(frequency_penalty=2, presence_penalty=2) < repeated()
-
-
-def test_a_json_object_is_one_at_every_temperature(engine, model, monkeypatch):
-    # Untrained models hardly ever close a string: make what closes one likely.
-    closing = [model.tokenizer.convert_tokens_to_ids(text) for text in ('"', "}")]
-    choose = generators.JsonGenerator.choose
-
-    def closes(self, logits, sampling, random):
-        logits = logits.copy()
-        logits[closing] = logits.max() + 1
-        return choose(self, logits, sampling, random)
-
-    monkeypatch.setattr(generators.JsonGenerator, "choose", closes)
-    complete = 0
-    for seed, temperature in enumerate((0, 0.5, 1, 2, 5, 5)):
-        values = {"json_object": True, "temperature": temperature, "seed": seed, "max_tokens": 150}
-        text, chunks = answer(engine, chat("Give JSON."), **values)
-        assert text.startswith("{") and chunks[-1].reused_tokens == 0
-        if chunks[-1].finish_reason == "stop":  # otherwise cut
-            assert isinstance(json.loads(text), dict)
-            complete += 1
-        assert answer(engine, chat("Give JSON."), **values)[0] == text
-    assert complete >= 2
-    # The engine answers as before, and keeps no generator of JSON.
-    assert not answer(engine, chat("Give JSON."))[0].startswith("{")
-    assert all(kept.reusable for kept in engine._cache._kept)
-
-
-def test_a_model_that_cannot_be_constrained_says_so(model, tmp_path):
-    folder = shutil.copytree(model.folder, tmp_path / "model")
-    engine = Engine(folder, threads=1)
-    (folder / "tokenizer.json").write_text("{}")  # onnxruntime-genai reads it only now
-    with pytest.raises(CannotConstrain, match="this model's answers cannot be constrained to JSON") as raised:
-        answer(engine, chat("Give JSON."), json_object=True)
-    assert "\n" not in str(raised.value)
-    assert answer(engine, chat("Hello"))[1][-1].finish_reason == "length"
-
-
-def test_a_plain_text_goes_on_without_a_template(engine, model, request):
-    source = request.getfixturevalue(f"tiny_{'llama' if '<|im_end|>' == model.tokenizer.eos_token else 'phi'}")
-    reference = AutoModelForCausalLM.from_pretrained(source)
-    ids = torch.tensor([model.tokenizer("The capital of France is").input_ids])
-    end = model.tokenizer.eos_token_id
-    expected = reference.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=0)[0]
-    chunks = list(engine.complete("The capital of France is", Sampling(temperature=0, max_tokens=12)))
-    text = "".join(chunk.text for chunk in chunks)
-    assert text == model.tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
-    assert chunks[-1].prompt_tokens == ids.shape[1]
-    for prompt, problem in (("", "at least one token"), ("egg " * 600, "the prompt is too long: it has")):
-        with pytest.raises(ValueError, match=problem):
-            engine.complete(prompt)
