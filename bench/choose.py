@@ -28,7 +28,9 @@ def main() -> None:
     for name, folder in MODELS.items():
         model = load_model(folder, torch_dtype(params.eval_dtype)).eval()
         scores[name] = score(model, rows, params.per_device_eval_batch_size, tokenizer.pad_token_id)
-        answers = greedy_answers(model, tokenizer, prompts, params.max_new_tokens, params.answer_batch_size)
+        answers = greedy_answers(
+            model, tokenizer, prompts, params.max_new_tokens, params.answer_batch_size, params.repetition_penalty
+        )
         figures[name] = answer_figures(answers, ends)
     for name, found in figures.items():
         print(

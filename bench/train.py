@@ -150,7 +150,8 @@ def train_side(side: str, params: Params, rows: pd.DataFrame) -> Iterator[dict[s
             trainer = plain_trainer(side, params, rows, tokenizer, folder)
         trainer.add_callback(TakeTurns())
         trainer.train()
-    peak = peak_memory()  # before the evaluation
+    wait_for_turn()  # an evaluation would disturb the other sides' last turns
+    peak = peak_memory()
     yield {"held_out_loss": loss_of(score(trainer.model, held_out, 8, tokenizer.pad_token_id)), "peak": peak}
 
 
@@ -171,6 +172,7 @@ def bare_side(params: Params, rows: pd.DataFrame) -> Iterator[dict[str, float]]:
     for _ in range(steps(params)):
         wait_for_turn()
         print(json.dumps({"seconds": seconds(turn)}), flush=True)
+    wait_for_turn()
     yield {"peak": peak_memory()}
 
 
@@ -184,6 +186,7 @@ def floor_side(params: Params, rows: pd.DataFrame) -> Iterator[dict[str, float]]
         wait_for_turn()
         rate = next(rates)
         print(json.dumps({"seconds": total / rate, "gflops": rate / 1e9}), flush=True)
+    wait_for_turn()
     yield {f"share of {name}": value / total for name, value in needed.items()}
 
 
@@ -202,12 +205,11 @@ def run(names: Sequence[str], repeats: int) -> dict[str, dict[str, float]]:
             if turn:  # the first one warms up
                 side.turns.append(record)
             print(f"turn {turn}: {side.name} {record['seconds']:.2f} s", flush=True)
-            if turn < repeats:
-                side.read_until_ready()
+            side.read_until_ready()
     found = {}
     for side in sides:
         medians = {key: statistics.median(turn[key] for turn in side.turns) for key in side.turns[0]}
-        found[side.name] = {**medians, **(side.read() or {})}
+        found[side.name] = {**medians, **side.turn()}
         side.process.wait()
     return found
 

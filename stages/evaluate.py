@@ -142,10 +142,10 @@ def sample_records(
     ]
 
 
-def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:
+def samples_page(samples: list[dict[str, Any]], max_new_tokens: int, repetition_penalty: float) -> str:
     """Markdown: each prompt with the base model's answer and the tuned model's below it."""
     parts = [
-        "# Sample answers\n\nGreedy decoding, at most "
+        f"# Sample answers\n\nGreedy decoding with a repetition penalty of {repetition_penalty}, at most "
         f"{max_new_tokens} tokens; “…” marks an answer that was cut there. Base: the model as fetched.\n"
     ]
     for sample in samples:
@@ -180,7 +180,9 @@ def main() -> None:
         with tqdm(total=len(rows), desc="scoring held-out answers", unit="conv") as bar:
             scores[name] = score(model, rows, batch_size, tokenizer.pad_token_id, bar.update)
         print(f"evaluate: answering {len(prompts)} prompts, at most {params.max_new_tokens} tokens each", flush=True)
-        answers[name] = greedy_answers(model, tokenizer, prompts, params.max_new_tokens, params.answer_batch_size)
+        answers[name] = greedy_answers(
+            model, tokenizer, prompts, params.max_new_tokens, params.answer_batch_size, params.repetition_penalty
+        )
         del model
 
     evaluation = compare(scores, rows["lang"], params.bootstrap_samples, params.seed)
@@ -190,6 +192,7 @@ def main() -> None:
     evaluation["answers"] = {
         "prompts": len(references),
         "max_new_tokens": params.max_new_tokens,
+        "repetition_penalty": params.repetition_penalty,
         "references": answer_figures(references, ends),
         **{name: answer_figures(of_model[count:], ends) for name, of_model in answers.items()},
     }
@@ -197,7 +200,7 @@ def main() -> None:
     with write_whole(CONVERSATIONS) as table, write_whole(EVALUATION) as figures, write_whole(METRICS) as metrics:
         conversation_losses(rows, scores).to_csv(table, index=False)
         write_json(SAMPLES, samples)
-        write_text(SAMPLES_PAGE, samples_page(samples, params.max_new_tokens))
+        write_text(SAMPLES_PAGE, samples_page(samples, params.max_new_tokens, params.repetition_penalty))
         write_json(figures, evaluation)
         write_json(metrics, headline(evaluation))
     difference = evaluation["difference"]

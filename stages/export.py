@@ -139,6 +139,13 @@ def set_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, merged: Path
     check_same_ids(Chat.of_folder(folder), rendered_by(tokenizer), "the merged model's tokenizer")
 
 
+def set_decoding(folder: Path, repetition_penalty: float) -> None:
+    """Make the penalty with which answers are measured the exported model's default."""
+    config = read_json(folder / "genai_config.json")
+    config["search"]["repetition_penalty"] = repetition_penalty
+    write_json(folder / "genai_config.json", config)
+
+
 def check_loss(increase: float, highest: float) -> None:
     """Raise StageError when the exported model's perplexity rose by more than the share `highest`."""
     if not increase <= highest:
@@ -209,11 +216,12 @@ def main() -> None:
             folder = partial / name
             build(SOURCES[name], folder, params)
             set_tokenizer(folder, tokenizer, SOURCES["tuned"])
+            set_decoding(folder, params.repetition_penalty)
             report[name] = measure(SOURCES[name], folder, tokenizer, rows)
             if name == "tuned":
                 check_loss(report[name]["perplexity_increase"], params.export_max_perplexity_increase)
                 asked = [question_of(row) for row in rows.head(params.stop_prompts).itertuples()]
-                answers = Exported(folder).answers(asked, params.max_new_tokens)
+                answers = Exported(folder).answers(asked, params.max_new_tokens, params.repetition_penalty)
                 report[name]["answers"] = answer_figures(answers, end_ids(tokenizer))
             write_json(folder / "card.json", card(name, params, report[name], rows))
         tuned = report["tuned"]

@@ -37,12 +37,19 @@ class Exported:
             results.append((float(nll.sum()), len(positions), int((logits.argmax(axis=1) == ids[positions]).sum())))
         return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
 
-    def answers(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def answers(
+        self, prompts: list[list[int]], max_new_tokens: int, repetition_penalty: float = 1.0
+    ) -> list[list[int]]:
         """As generation.greedy_answers: the token ids of the greedy answer to each prompt, with its end token."""
         found = []
         for prompt in tqdm(prompts, desc="answering, exported", unit="answer"):
             settings = og.GeneratorParams(self._model)
-            settings.set_search_options(max_length=len(prompt) + max_new_tokens, batch_size=1, do_sample=False)
+            settings.set_search_options(
+                max_length=len(prompt) + max_new_tokens,
+                batch_size=1,
+                do_sample=False,
+                repetition_penalty=repetition_penalty,
+            )
             generator = og.Generator(self._model, settings)
             generator.append_tokens(np.array(prompt, dtype=np.int32))
             answer = []

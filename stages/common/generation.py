@@ -17,16 +17,19 @@ def greedy_answers(
     prompts: list[list[int]],
     max_new_tokens: int,
     batch_size: int,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
     """The token ids of the greedy answer to each prompt, with its end token where it ends within `max_new_tokens`.
 
-    Any token that ends an answer in the chat template ends it.
+    Any token that ends an answer in the chat template ends it. `repetition_penalty` is that of Hugging Face: it counts
+    the tokens of the prompt, too.
     """
     ends = end_ids(tokenizer)
-    # All models decode in the same way: a base model's own settings (a repetition penalty, say) do not count.
+    # All models decode in the same way: a base model's own settings do not count.
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        repetition_penalty=repetition_penalty,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -36,7 +39,8 @@ def greedy_answers(
         batch = order[start : start + batch_size]
         longest = len(prompts[batch[-1]])
         padding = [longest - len(prompts[i]) for i in batch]
-        ids = [[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, batch, strict=True)]
+        # The mask hides what pads. A token of the prompt itself adds none to those that the penalty counts.
+        ids = [prompts[i][:1] * n + prompts[i] for n, i in zip(padding, batch, strict=True)]
         attention = [[0] * n + [1] * (longest - n) for n in padding]
         with torch.no_grad():
             output = model.generate(

@@ -30,6 +30,9 @@ MaxPerplexityIncrease = Annotated[
     Field(gt=0, description="Share by which perplexity may rise against the merged model before export and gguf fail."),
 ]
 MaxNewTokens = Annotated[int, Field(gt=0, description="Tokens after which an answer is cut.")]
+RepetitionPenalty = Annotated[
+    float, Field(ge=1, le=2, description="Divides the scores of tokens that stand before, in every answer; 1 is off.")
+]
 Seed = Annotated[
     int, Field(ge=0, description="Seed of the LoRA matrices, the data order, the dropout and the bootstrap.")
 ]
@@ -218,11 +221,13 @@ class EvaluateParams(Section):
     stop_prompts: StopPrompts
     answer_batch_size: int = Field(default=8, gt=0, description="Prompts that are answered at once.")
     max_new_tokens: MaxNewTokens
+    repetition_penalty: RepetitionPenalty = 1.0
 
 
 class ExportParams(Section):
     stop_prompts: StopPrompts
     max_new_tokens: MaxNewTokens
+    repetition_penalty: RepetitionPenalty = 1.0
     export_precision: Literal["int4", "int8", "fp16", "fp32"] = Field(
         description="Number format of the exported weights: int4, int8, fp16 or fp32."
     )
@@ -246,6 +251,7 @@ class ExportParams(Section):
 
 
 class GgufParams(Section):
+    repetition_penalty: RepetitionPenalty = 1.0
     export_max_perplexity_increase: MaxPerplexityIncrease
     gguf_types: list[GgufType] = Field(
         default=[], description="Formats of the GGUF files for llama.cpp and Ollama; [] makes none."

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from chatapp.engine import Engine, Sampling, prompt_cache
 from stages.common.artifacts import write_json
+from stages.export import set_decoding
 from tests.support.chats import chat
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,17 @@ def test_greedy_answers_are_those_of_transformers(engine, model, request):
     text, chunks = answer(engine, messages)
     assert text == model.tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True).strip().rstrip("\ufffd")
     assert chunks[-1].prompt_tokens == ids.shape[1] and all(c.finish_reason is None for c in chunks[:-1])
+
+
+def test_a_models_own_repetition_penalty_is_the_default(model, tmp_path):
+    folder = tmp_path / "penalised"
+    shutil.copytree(model.folder, folder)
+    set_decoding(folder, 1.5)
+    messages = chat("Count.")
+    own, _ = answer(Engine(folder, threads=1), messages)
+    plain = Engine(model.folder, threads=1)
+    assert own == answer(plain, messages, repetition_penalty=1.5)[0] != answer(plain, messages)[0]
+    assert answer(Engine(folder, threads=1), messages, repetition_penalty=1)[0] == answer(plain, messages)[0]
 
 
 def test_an_answer_stops_at_its_end_token_and_at_its_length(model, tmp_path):

@@ -94,6 +94,12 @@ def test_a_repetition_penalty_lowers_what_was_said():
     assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0])  # the model's own memory is untouched
 
 
+def test_without_a_repetition_penalty_there_is_none():
+    logits, random = np.array([2.0, 1.9], dtype=np.float32), np.random.default_rng(0)
+    for penalty in (None, 1):
+        assert scores(logits, [0], Sampling(temperature=0, repetition_penalty=penalty), random).tolist() == [2.0, 1.9]
+
+
 def test_penalties_lower_what_the_answer_said_by_openais_formula():
     logits, random = np.array([2.0, 1.0, 0.0], dtype=np.float32), np.random.default_rng(0)
 

@@ -122,7 +122,7 @@ def test_sample_records_say_what_was_answered_and_whether_it_ended(tiny_llama):
 
 def test_the_samples_page_reads_well():
     samples = [sample("Capital of France?", "Lyon", "Paris.\n\nIt is.", ended=False), sample("Other?", "x", "y")]
-    page = samples_page(samples, 8)
+    page = samples_page(samples, 8, 1.1)
     assert "at most 8 tokens" in page
     assert "## Capital of France?" in page
     assert "**base**\n\n> Lyon …" in page
@@ -134,7 +134,7 @@ HOSTILE = "**base**\n\n> no\n## x\n**tuned**\n# Sample answers"
 
 def test_an_answer_that_looks_like_the_page_does_not_break_it():
     samples = [sample("Capital?", HOSTILE, "## x"), sample("**tuned**", "", "y", ended=False)]
-    lines = samples_page(samples, 8).splitlines()
+    lines = samples_page(samples, 8, 1.1).splitlines()
     # Headings and names stand only where the page puts them: what an answer says is quoted.
     assert [line for line in lines if line.startswith("#")] == ["# Sample answers", "## Capital?", "## **tuned**"]
     assert [line for line in lines if line.startswith("**")] == ["**base**", "**tuned**"] * 2

@@ -92,6 +92,8 @@ def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path
     answers = greedy_answers(model, tokenizer, prompts, 32, batch_size=1)
     assert exported.agreement(prompts, answers) == 1
     assert exported.answers(prompts, 32) == answers  # with the end token of those that end
+    penalised = greedy_answers(model, tokenizer, prompts, 32, batch_size=1, repetition_penalty=1.5)
+    assert exported.answers(prompts, 32, repetition_penalty=1.5) == penalised != answers
     wrong = [list(range(100, 100 + len(answer))) for answer in answers]  # so small a model says one token over and over
     assert exported.agreement(prompts, wrong) < 0.2
 

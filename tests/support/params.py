@@ -97,6 +97,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "sample_prompts": ["Hello?"],
     },
     "evaluate export": {"stop_prompts": 1, "max_new_tokens": 4},
+    "evaluate export gguf": {"repetition_penalty": 1.3},
     "export": {
         "export_precision": "fp32",
         "export_method": "k_quant",

@@ -58,6 +58,7 @@ class Engine:
         self.context_length = model.context_length
         self._prompt = model.prompt
         self._end_ids = model.end_ids
+        self._repetition_penalty = model.repetition_penalty
         self._cache = PromptCache(model.session, model.context_length, tokens_in_step(model.size))
         self._bytes = TokenBytes(model.prompt.tokenizer)
         self._lock = threading.Lock()
@@ -104,6 +105,8 @@ class Engine:
 
     def _answer(self, prompt: _Prompt, sampling: Sampling, cancel: threading.Event) -> Iterator[Chunk]:
         count = len(prompt.ids)
+        if sampling.repetition_penalty is None:
+            sampling = replace(sampling, repetition_penalty=self._repetition_penalty)
         blank = Chunk("", 0, None, prompt.dropped_turns, count)
         while not self._lock.acquire(timeout=0.05):
             if cancel.is_set():

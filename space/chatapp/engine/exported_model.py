@@ -31,6 +31,7 @@ class ExportedModel:
     context_length: int  # tokens that this app uses: the model's context, at most MAX_CONTEXT
     end_ids: frozenset[int]  # each of these tokens ends an answer
     size: int  # bytes of the weights
+    repetition_penalty: float  # with which the export stage measured its answers
 
 
 def usable_cpus() -> int:
@@ -53,7 +54,8 @@ def load_exported(folder: Path, threads: int | None = None) -> ExportedModel:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no exported model: {name} is missing")
     try:
-        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        settings = config["model"]
         ends = settings["eos_token_id"]
         return ExportedModel(
             card=json.loads((folder / "card.json").read_text(encoding="utf-8")),
@@ -62,6 +64,7 @@ def load_exported(folder: Path, threads: int | None = None) -> ExportedModel:
             context_length=min(settings["context_length"], MAX_CONTEXT),
             end_ids=frozenset(ends if isinstance(ends, list) else [ends]),
             size=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
+            repetition_penalty=float(config["search"]["repetition_penalty"]),
         )
     except Exception as error:  # onnxruntime-genai and tokenizers raise bare Exceptions
         reason = next(iter(str(error).splitlines()), type(error).__name__)

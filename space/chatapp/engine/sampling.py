@@ -19,6 +19,7 @@ FAR_BELOW = 2000
 class Sampling:
     """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens.
 
+    `repetition_penalty` None is the model's own, with which its answers were measured; 1 is off.
     `json_object`: the answer is one JSON object. `logprobs`: report the log probability of each token, and of this many
     most likely tokens in its place (None: report nothing).
 
@@ -29,7 +30,7 @@ class Sampling:
     temperature: float = 0.7
     top_p: float = 0.95
     top_k: int = 50
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -42,8 +43,8 @@ class Sampling:
             "temperature must be a number from 0 to 5": _number(self.temperature) and 0 <= self.temperature <= 5,
             "top_p must be a number above 0, at most 1": _number(self.top_p) and 0 < self.top_p <= 1,
             "top_k must be an integer, at least 0": _integer(self.top_k, 0),
-            "repetition_penalty must be a number from 0.1 to 10": _number(self.repetition_penalty)
-            and 0.1 <= self.repetition_penalty <= 10,
+            "repetition_penalty must be a number from 0.1 to 10": self.repetition_penalty is None
+            or (_number(self.repetition_penalty) and 0.1 <= self.repetition_penalty <= 10),
             "seed must be an integer, at least 0": self.seed is None or _integer(self.seed, 0),
             "presence_penalty must be a number from -2 to 2": _number(self.presence_penalty)
             and -2 <= self.presence_penalty <= 2,
@@ -99,7 +100,7 @@ def scores(
 
 def _penalised(logits: np.ndarray, seen: Ids, prompt: int, sampling: Sampling) -> np.ndarray:
     logits = logits.astype(np.float32)  # a copy: the caller's array may be the model's own memory
-    if sampling.repetition_penalty != 1:
+    if sampling.repetition_penalty not in (None, 1):
         # https://arxiv.org/abs/1909.05858, section 4.1
         ids = np.unique(np.asarray(seen, dtype=np.int64))
         penalty = np.float32(sampling.repetition_penalty)
