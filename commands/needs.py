@@ -53,11 +53,15 @@ def peaks(config: PretrainedConfig, params: Params, tokens: int) -> dict[str, Pe
     mapped = shape.parameters * memory.dtype_bytes(stored)
     loading = memory.load_peak(shape, dtype, stored, four_bit, double)
     stepping = memory.LIBRARIES + trained + kept + round(memory.FRAGMENTATION * working)
-    # Export builds in one process, and then scores the model in float32 in its own.
+    # Export calibrates in its own process, builds in another one, and then scores the model in float32 in its own.
+    calibrated = params.export_method == "gptq"
     building = round(memory.EXPORTING * shape.parameters * memory.dtype_bytes("float32"))
+    building += shape.parameters * calibrated  # the rounded weights wait: at most a byte each
     scoring_export = scoring_bytes(config, EXPORT_BATCH, tokens)
+    single = params.model_copy(update={"per_device_train_batch_size": 1, "gradient_checkpointing": False})
+    measured = max(scoring_export, step_bytes(config, single, tokens, on_gpu=False) if calibrated else 0)
     merged_file = shape.parameters * memory.dtype_bytes(params.merge_dtype)
-    measuring = shape.parameters * 4 + max(merged_file, round(memory.FRAGMENTATION * scoring_export))
+    measuring = shape.parameters * 4 + max(merged_file, round(memory.FRAGMENTATION * measured))
     # gguf holds the model in float32, and writes a file from memory, or scores.
     written = max((memory.GGUF_BYTES[kind] for kind in params.gguf_types), default=0.0) * shape.parameters
     converting = shape.parameters * 4 + max(merged_file, round(memory.FRAGMENTATION * scoring_export), round(written))

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,18 @@ from transformers import PreTrainedTokenizerBase
 from stages.common import memory
 from stages.common.answers import answer_figures
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
+from stages.common.calibration import choose_bits, costs, products_of, round_all
 from stages.common.chat import Chat, check_same_ids, end_ids, rendered_by
 from stages.common.errors import StageError, is_disk_full
 from stages.common.exported import Exported
 from stages.common.generation import greedy_answers
+from stages.common.gptq import Grid
 from stages.common.halves import judging
 from stages.common.machine import Machine, this_machine
 from stages.common.masks import question_of, supervised_tokens
-from stages.common.model_files import check_weights, load_config, load_tokenizer
+from stages.common.model_files import check_weights, empty_model, load_config, load_tokenizer
 from stages.common.models import load_model
+from stages.common.nbits import Packed, pack, put_weights
 from stages.common.params import load_params
 from stages.common.records import read_source, read_sources
 from stages.common.schema import ExportParams
@@ -53,6 +57,9 @@ LARGER = "Run `dvc repro` on a larger machine, where models/merged is (dvc push,
 ANSWERS = 8
 ANSWER_TOKENS = 32
 BATCH = 8
+# Of the conversations that calibrate, each so manieth one measures what rounding costs: it needs a backward pass, too.
+MEASURED = 12
+SEED = 0
 
 
 def matmul_name(layer: int, name: str) -> str:
@@ -62,18 +69,22 @@ def matmul_name(layer: int, name: str) -> str:
     return f"/model/layers.{layer}/{'attn' if name in ('qkv_proj', 'o_proj') else 'mlp'}/{name}/MatMul"
 
 
-def quantisation(params: ExportParams, layers: int, tied: bool) -> dict[str, Any]:
-    """The builder's description of how weights are quantised, for a model of so many layers.
+def kept_names(params: ExportParams, layers: int) -> list[str]:
+    """The builder's names of the products that keep 8 bits, for a model of so many layers."""
+    kept = params.export_int8_layers if params.export_precision == "int4" else []
+    return list(dict.fromkeys(matmul_name(layer, name) for name in kept for layer in range(layers)))
+
+
+def quantisation(params: ExportParams, names: Sequence[str], tied: bool) -> dict[str, Any]:
+    """The builder's description of how weights are quantised; those of `names` get 8 bits.
 
     `tied`: its input and output embeddings are one matrix, which is then stored once.
     """
-    kept = params.export_int8_layers if params.export_precision == "int4" else []
-    names = dict.fromkeys(matmul_name(layer, name) for name in kept for layer in range(layers))
     return {
         "io_dtype": "fp32",
         "weights": {
             "type": params.export_precision,
-            "method": params.export_method,
+            "method": "rtn" if params.export_method == "gptq" else params.export_method,
             "block_size": params.export_block_size,
             "symmetric": params.export_symmetric,
             "accuracy_level": params.export_accuracy_level,
@@ -90,8 +101,38 @@ def check_memory(source: Path, machine: Machine) -> None:
     memory.check_room("exporting takes at least", needed, machine.memory, "this machine", LARGER)
 
 
-def build(source: Path, folder: Path, params: ExportParams) -> None:
-    """Export the model in `source` into `folder`, which is made. Raises StageError with the builder's reason.
+def calibrate(source: Path, params: ExportParams) -> tuple[list[str], dict[str, Packed]]:
+    """The builder's names of the products of `source` that get 8 bits, and the rounded weights of the others."""
+    rows = read_parquet(TOKENIZED / "train.parquet", ("input_ids", "length"))
+    share = max(1, round(rows["length"].sum() / params.export_calibration_tokens))
+    conversations = [list(ids) for ids in rows["input_ids"].iloc[::share]]
+    model = load_model(source, torch.float32).eval().requires_grad_(False)
+    products = products_of(model)
+    few, many = (Grid(bits, params.export_block_size, params.export_symmetric) for bits in (4, 8))
+    eight = {product for product in products if product.name in params.export_int8_layers}
+    if params.export_bits is not None:
+        sizes = {p: sum(linear.weight.numel() for linear in linears) for p, linears in products.items()}
+        cost = costs(model, products, conversations[::MEASURED], few, SEED)
+        eight = choose_bits(cost, sizes, (few, many), eight, params.export_bits)
+    grids = {product: many if product in eight else few for product in products}
+    rounded = round_all(model, products, conversations, grids)
+    packed = {matmul_name(product.layer, product.name): pack(weight) for product, weight in rounded}
+    return [matmul_name(product.layer, product.name) for product in products if product in eight], packed
+
+
+def export(source: Path, folder: Path, params: ExportParams) -> None:
+    """Export the model in `source` into `folder`, rounded as the parameters say."""
+    if params.export_method != "gptq":
+        build(source, folder, params, kept_names(params, load_config(source).num_hidden_layers))
+        return
+    names, packed = calibrate(source, params)
+    build(source, folder, params, names)
+    put_weights(folder, packed)
+
+
+def build(source: Path, folder: Path, params: ExportParams, eight: Sequence[str]) -> None:
+    """Let the builder export the model in `source` into `folder`, which is made; the products named in `eight` get 8
+    bits. Raises StageError with the builder's reason.
 
     It runs in a process of its own: the builder's modules have common names, it prints much, and a process that ends
     returns its memory.
@@ -99,7 +140,7 @@ def build(source: Path, folder: Path, params: ExportParams) -> None:
     options = []
     if params.export_precision in ("int4", "int8"):
         model = load_config(source)
-        config = {"quant_config": quantisation(params, model.num_hidden_layers, model.tie_word_embeddings)}
+        config = {"quant_config": quantisation(params, eight, model.tie_word_embeddings)}
         options = ["--builder_config_version", "2", "--target_options", json.dumps(config)]
     with tempfile.TemporaryDirectory() as cache:
         command = ["-m", "onnxruntime_genai.models.builder", "-m", "model", "-i", str(source), "-o", str(folder)]
@@ -139,20 +180,13 @@ def set_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, merged: Path
     check_same_ids(Chat.of_folder(folder), rendered_by(tokenizer), "the merged model's tokenizer")
 
 
-def set_decoding(folder: Path, repetition_penalty: float) -> None:
-    """Make the penalty with which answers are measured the exported model's default."""
-    config = read_json(folder / "genai_config.json")
-    config["search"]["repetition_penalty"] = repetition_penalty
-    write_json(folder / "genai_config.json", config)
-
-
 def check_loss(increase: float, highest: float) -> None:
     """Raise StageError when the exported model's perplexity rose by more than the share `highest`."""
     if not increase <= highest:
         raise StageError(
             f"the exported model's perplexity is {increase:+.1%} against the merged model's, more than "
-            f"export_max_perplexity_increase, {highest:.1%}. Name more layers in export_int8_layers, choose a smaller "
-            "export_block_size, or export_precision: int8."
+            f"export_max_perplexity_increase, {highest:.1%}. Raise export_bits (with export_method: gptq), name more "
+            "layers in export_int8_layers, or take export_precision: int8."
         )
 
 
@@ -176,6 +210,16 @@ def measure(source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, rows
         "token_agreement": round(exported.agreement(prompts, answers), 6),
         "bytes": sum(path.stat().st_size for path in folder.glob("model.onnx*")),
     }
+
+
+def params_of(name: str, params: ExportParams) -> ExportParams:
+    """How a model is exported. With gptq the base keeps 8 bits in all layers: it only shows what tuning changed, and is
+    not calibrated on what it never saw.
+    """
+    if name == "tuned" or params.export_method != "gptq":
+        return params
+    layers = list(dict.fromkeys(product.name for product in products_of(empty_model(load_config(SOURCES[name])))))
+    return params.model_copy(update={"export_method": "rtn", "export_bits": None, "export_int8_layers": layers})
 
 
 def card(name: str, params: ExportParams, quality: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
@@ -212,18 +256,17 @@ def main() -> None:
     report: dict[str, Any] = {"precision": params.export_precision}
     with write_whole(METRICS) as metrics, write_whole(FIGURES) as figures, write_whole(ONNX) as partial:
         for name in names:
-            print(f"export: {name}: {SOURCES[name]}/ to {params.export_precision}", flush=True)
+            print(f"export: {name}: {SOURCES[name]}/ to {params_of(name, params).export_precision}", flush=True)
             folder = partial / name
-            build(SOURCES[name], folder, params)
+            export(SOURCES[name], folder, params_of(name, params))
             set_tokenizer(folder, tokenizer, SOURCES["tuned"])
-            set_decoding(folder, params.repetition_penalty)
             report[name] = measure(SOURCES[name], folder, tokenizer, rows)
             if name == "tuned":
                 check_loss(report[name]["perplexity_increase"], params.export_max_perplexity_increase)
                 asked = [question_of(row) for row in rows.head(params.stop_prompts).itertuples()]
                 answers = Exported(folder).answers(asked, params.max_new_tokens, params.repetition_penalty)
                 report[name]["answers"] = answer_figures(answers, end_ids(tokenizer))
-            write_json(folder / "card.json", card(name, params, report[name], rows))
+            write_json(folder / "card.json", card(name, params_of(name, params), report[name], rows))
         tuned = report["tuned"]
         write_json(figures, report)
         write_json(metrics, headline(tuned))

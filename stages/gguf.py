@@ -71,7 +71,7 @@ def measured(
     return found
 
 
-def write_modelfile(folder: Path, params: GgufParams, tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> None:
+def write_modelfile(folder: Path, kind: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> None:
     """Write Ollama's Modelfile, or say why there is none."""
     turns = turns_of(Chat.of(tokenizer))
     if turns is None:
@@ -81,8 +81,7 @@ def write_modelfile(folder: Path, params: GgufParams, tokenizer: PreTrainedToken
         )
         return
     ends = [tokenizer.decode([number]) for number in end_ids(tokenizer)]
-    file = file_of(params.gguf_types[0])
-    write_text(folder / "Modelfile", modelfile(file, turns, ends, system_prompt, params.repetition_penalty))
+    write_text(folder / "Modelfile", modelfile(file_of(kind), turns, ends, system_prompt))
 
 
 def main() -> None:
@@ -108,7 +107,7 @@ def main() -> None:
         for name, quality in figures.items():
             check_loss(name, quality["perplexity_increase"], params.export_max_perplexity_increase)
         prepared = read_json(TOKENIZED / "params.json", ["system_prompt"])
-        write_modelfile(folder, params, tokenizer, prepared["system_prompt"])
+        write_modelfile(folder, params.gguf_types[0], tokenizer, prepared["system_prompt"])
         write_json(FIGURES, figures)
     for name, quality in figures.items():
         print(

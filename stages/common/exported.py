@@ -8,6 +8,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 
+def penalised(logits: np.ndarray, answer: list[int], penalty: float) -> np.ndarray:
+    """The logits with those of the tokens in `answer` lowered, as generation.greedy_answers lowers them."""
+    logits = logits.copy()
+    said = logits[..., answer]
+    logits[..., answer] = np.where(said > 0, said / penalty, said * penalty)
+    return logits
+
+
 class Exported:
     """An exported model: its logits, its score, its agreement with other answers."""
 
@@ -44,16 +52,13 @@ class Exported:
         found = []
         for prompt in tqdm(prompts, desc="answering, exported", unit="answer"):
             settings = og.GeneratorParams(self._model)
-            settings.set_search_options(
-                max_length=len(prompt) + max_new_tokens,
-                batch_size=1,
-                do_sample=False,
-                repetition_penalty=repetition_penalty,
-            )
+            settings.set_search_options(max_length=len(prompt) + max_new_tokens, batch_size=1, do_sample=False)
             generator = og.Generator(self._model, settings)
             generator.append_tokens(np.array(prompt, dtype=np.int32))
-            answer = []
+            answer: list[int] = []
             while not generator.is_done():
+                if answer and repetition_penalty != 1:
+                    generator.set_logits(penalised(generator.get_logits(), answer, repetition_penalty))
                 generator.generate_next_token()
                 answer.append(int(generator.get_next_tokens()[0]))  # the generator's own sequence lacks the end token
             found.append(answer)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from stages.common.chat import end_ids
 
@@ -21,15 +21,15 @@ def greedy_answers(
 ) -> list[list[int]]:
     """The token ids of the greedy answer to each prompt, with its end token where it ends within `max_new_tokens`.
 
-    Any token that ends an answer in the chat template ends it. `repetition_penalty` is that of Hugging Face: it counts
-    the tokens of the prompt, too.
+    Any token that ends an answer in the chat template ends it. `repetition_penalty` lowers what the answer said
+    before (Keskar et al., CTRL, 2019, section 4.1, https://arxiv.org/abs/1909.05858). The prompt does not count: it has
+    the very token that should end the answer.
     """
     ends = end_ids(tokenizer)
     # All models decode in the same way: a base model's own settings do not count.
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        repetition_penalty=repetition_penalty,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -39,13 +39,14 @@ def greedy_answers(
         batch = order[start : start + batch_size]
         longest = len(prompts[batch[-1]])
         padding = [longest - len(prompts[i]) for i in batch]
-        # The mask hides what pads. A token of the prompt itself adds none to those that the penalty counts.
-        ids = [prompts[i][:1] * n + prompts[i] for n, i in zip(padding, batch, strict=True)]
+        ids = [[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, batch, strict=True)]
         attention = [[0] * n + [1] * (longest - n) for n in padding]
+        penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=longest)
         with torch.no_grad():
             output = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),
                 attention_mask=torch.tensor(attention, device=model.device),
+                logits_processor=LogitsProcessorList([penalty]),
             )
         for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
             end = next((at for at, token in enumerate(row) if token in ends), len(row))

@@ -163,7 +163,7 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
         tensor = tensors[str(names.get_name(name, try_suffixes=SUFFIXES))]
         values = dequantize(tensor.data, tensor.tensor_type).reshape(parameter.shape)
         with torch.no_grad():
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(_interleave(values, name, model.config, back=True))))
+            parameter.copy_(torch.from_numpy(np.array(_interleave(values, name, model.config, back=True))))
 
 
 def read_chat(path: Path) -> Chat:

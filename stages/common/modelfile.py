@@ -101,10 +101,9 @@ def _writes_the_same(turns: Turns, chat: Chat) -> bool:
     return True
 
 
-def modelfile(gguf: str, turns: Turns, ends: Sequence[str], system_prompt: str, repetition_penalty: float) -> str:
-    """The text of a Modelfile for the file `gguf` beside it. The penalty counts all tokens, as the stages' does."""
+def modelfile(gguf: str, turns: Turns, ends: Sequence[str], system_prompt: str) -> str:
+    """The text of a Modelfile for the file `gguf` beside it."""
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{turns.go()}"""', *(f'PARAMETER stop "{end}"' for end in ends)]
-    lines += [f"PARAMETER repeat_penalty {repetition_penalty}", "PARAMETER repeat_last_n -1"]
     if system_prompt:
         lines.append(f'SYSTEM """{system_prompt}"""')
     return "\n".join(lines) + "\n"

@@ -98,6 +98,14 @@ def _merge_base(values: dict[str, Any]) -> str | None:
     return None
 
 
+def _rounding(values: dict[str, Any]) -> str | None:
+    if values["export_method"] == "gptq" and values["export_precision"] != "int4":
+        return f"export_method: 'gptq': needs export_precision: int4; for {values['export_precision']} use rtn"
+    if values["export_method"] != "gptq" and values["export_bits"] is not None:
+        return f"export_bits: {values['export_bits']}: needs export_method: gptq; null leaves it to export_int8_layers"
+    return None
+
+
 def _precision(values: dict[str, Any]) -> str | None:
     return "fp16, bf16: both true: set one of them to false" if values["fp16"] and values["bf16"] else None
 
@@ -129,6 +137,7 @@ RULES: list[Rule] = [
     (("languages",), lambda values: _distinct(values, "languages")),
     (("tree_states",), lambda values: _distinct(values, "tree_states")),
     (("sample_prompts",), lambda values: _distinct(values, "sample_prompts")),
+    (("export_method", "export_precision", "export_bits"), _rounding),
     (("export_int8_layers",), lambda values: _distinct(values, "export_int8_layers")),
 ]
 

@@ -31,7 +31,7 @@ MaxPerplexityIncrease = Annotated[
 ]
 MaxNewTokens = Annotated[int, Field(gt=0, description="Tokens after which an answer is cut.")]
 RepetitionPenalty = Annotated[
-    float, Field(ge=1, le=2, description="Divides the scores of tokens that stand before, in every answer; 1 is off.")
+    float, Field(ge=1, le=2, description="Lowers the scores of tokens that an answer has already; 1 is off.")
 ]
 Seed = Annotated[
     int, Field(ge=0, description="Seed of the LoRA matrices, the data order, the dropout and the bootstrap.")
@@ -231,8 +231,9 @@ class ExportParams(Section):
     export_precision: Literal["int4", "int8", "fp16", "fp32"] = Field(
         description="Number format of the exported weights: int4, int8, fp16 or fp32."
     )
-    export_method: Literal["default", "rtn", "k_quant"] = Field(
-        description="How int4 and int8 weights are rounded: default, rtn or k_quant (onnxruntime's names)."
+    export_method: Literal["gptq", "default", "rtn", "k_quant"] = Field(
+        description="How int4 and int8 weights are rounded: gptq, by training conversations (int4 only; the base "
+        "keeps 8 bits), or default, rtn or k_quant (onnxruntime's names)."
     )
     export_block_size: Literal[16, 32, 64, 128] = Field(
         description="Weights that share a scale in int4 and int8: 16, 32, 64 or 128."
@@ -246,12 +247,19 @@ class ExportParams(Section):
     export_int8_layers: list[Layer] = Field(
         description="Layers that keep 8 bits when export_precision is int4: those that lose the most quality in 4 bits."
     )
+    export_bits: Annotated[float, Field(ge=4, le=10)] | None = Field(
+        default=None,
+        description="With gptq: mean bits of a weight, scales included. The layers that would lose most get 8 bits "
+        "until it is reached; null: those of export_int8_layers alone.",
+    )
+    export_calibration_tokens: Positive = Field(
+        default=8192, description="Tokens of training conversations that gptq reads."
+    )
     export_max_perplexity_increase: MaxPerplexityIncrease
     export_base: bool = Field(description="Export the base model, too, to show it beside the tuned one.")
 
 
 class GgufParams(Section):
-    repetition_penalty: RepetitionPenalty = 1.0
     export_max_perplexity_increase: MaxPerplexityIncrease
     gguf_types: list[GgufType] = Field(
         default=[], description="Formats of the GGUF files for llama.cpp and Ollama; [] makes none."

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from chatapp.engine import Engine, Sampling, prompt_cache
 from stages.common.artifacts import write_json
-from stages.export import set_decoding
 from tests.support.chats import chat
 
 pytestmark = pytest.mark.slow
@@ -70,11 +69,11 @@ def test_greedy_answers_are_those_of_transformers(engine, model, request):
 def test_a_models_own_repetition_penalty_is_the_default(model, tmp_path):
     folder = tmp_path / "penalised"
     shutil.copytree(model.folder, folder)
-    set_decoding(folder, 1.5)
+    write_json(folder / "card.json", {"name": "tiny", "export": {"repetition_penalty": 9.0}})
     messages = chat("Count.")
     own, _ = answer(Engine(folder, threads=1), messages)
     plain = Engine(model.folder, threads=1)
-    assert own == answer(plain, messages, repetition_penalty=1.5)[0] != answer(plain, messages)[0]
+    assert own == answer(plain, messages, repetition_penalty=9.0)[0] != answer(plain, messages)[0]
     assert answer(Engine(folder, threads=1), messages, repetition_penalty=1)[0] == answer(plain, messages)[0]
 
 

@@ -97,7 +97,9 @@ def test_a_repetition_penalty_lowers_what_was_said():
 def test_without_a_repetition_penalty_there_is_none():
     logits, random = np.array([2.0, 1.9], dtype=np.float32), np.random.default_rng(0)
     for penalty in (None, 1):
-        assert scores(logits, [0], Sampling(temperature=0, repetition_penalty=penalty), random).tolist() == [2.0, 1.9]
+        assert (
+            scores(logits, [0], Sampling(temperature=0, repetition_penalty=penalty), random).tolist() == logits.tolist()
+        )
 
 
 def test_penalties_lower_what_the_answer_said_by_openais_formula():

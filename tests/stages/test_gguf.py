@@ -115,9 +115,8 @@ def test_ollamas_template_writes_what_training_saw(tuned):
     for talk in probes():
         expected = chat.text(talk[:-1], True)
         assert turns.text(talk[:-1]) == expected == template.render(messages=talk[:-1])
-    text = modelfile("tuned-Q8_0.gguf", turns, ["<|end|>"], "Be brief.", 1.1)
+    text = modelfile("tuned-Q8_0.gguf", turns, ["<|end|>"], "Be brief.")
     assert text.startswith("FROM ./tuned-Q8_0.gguf\n") and f'TEMPLATE """{turns.go()}"""' in text
-    assert "PARAMETER repeat_penalty 1.1\nPARAMETER repeat_last_n -1\n" in text
     assert 'PARAMETER stop "<|end|>"' in text and 'SYSTEM """Be brief."""' in text
 
 

@@ -88,8 +88,8 @@ def test_answers_are_greedy_whatever_they_are_batched_with(name, template, reque
         ]
         for t in texts
     ]
-    penalised = greedy_answers(model, tokenizer, prompts, 6, 8, repetition_penalty=1.5)
-    assert penalised == [greedy_answers(model, tokenizer, [prompt], 6, 8, 1.5)[0] for prompt in prompts]
+    penalised = greedy_answers(model, tokenizer, prompts, 6, 8, repetition_penalty=20.0)
+    assert penalised == [greedy_answers(model, tokenizer, [prompt], 6, 8, 20.0)[0] for prompt in prompts]
     together = greedy_answers(model, tokenizer, prompts, 6, 8)
     assert penalised != together
     assert together == [greedy_answers(model, tokenizer, [prompt], 6, 8)[0] for prompt in prompts]

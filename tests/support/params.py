@@ -96,8 +96,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "answer_batch_size": 2,
         "sample_prompts": ["Hello?"],
     },
-    "evaluate export": {"stop_prompts": 1, "max_new_tokens": 4},
-    "evaluate export gguf": {"repetition_penalty": 1.3},
+    "evaluate export": {"stop_prompts": 1, "max_new_tokens": 4, "repetition_penalty": 1.3},
     "export": {
         "export_precision": "fp32",
         "export_method": "k_quant",
@@ -105,6 +104,8 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "export_symmetric": True,
         "export_accuracy_level": 1,
         "export_int8_layers": [],
+        "export_bits": 5.5,
+        "export_calibration_tokens": 100,
         "export_base": False,
     },
     "export gguf": {"export_max_perplexity_increase": 0.5},

@@ -54,17 +54,17 @@ def load_exported(folder: Path, threads: int | None = None) -> ExportedModel:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no exported model: {name} is missing")
     try:
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-        settings = config["model"]
+        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         ends = settings["eos_token_id"]
         return ExportedModel(
-            card=json.loads((folder / "card.json").read_text(encoding="utf-8")),
+            card=card,
             prompt=PromptBuilder(folder),
             session=_session(folder, threads or usable_cpus()),
             context_length=min(settings["context_length"], MAX_CONTEXT),
             end_ids=frozenset(ends if isinstance(ends, list) else [ends]),
             size=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
-            repetition_penalty=float(config["search"]["repetition_penalty"]),
+            repetition_penalty=float(card.get("export", {}).get("repetition_penalty", 1.0)),
         )
     except Exception as error:  # onnxruntime-genai and tokenizers raise bare Exceptions
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -101,8 +101,8 @@ def scores(
 def _penalised(logits: np.ndarray, seen: Ids, prompt: int, sampling: Sampling) -> np.ndarray:
     logits = logits.astype(np.float32)  # a copy: the caller's array may be the model's own memory
     if sampling.repetition_penalty not in (None, 1):
-        # https://arxiv.org/abs/1909.05858, section 4.1
-        ids = np.unique(np.asarray(seen, dtype=np.int64))
+        # https://arxiv.org/abs/1909.05858, 4.1. The prompt does not count: it has the token that ends an answer.
+        ids = np.unique(np.asarray(seen[prompt:], dtype=np.int64))
         penalty = np.float32(sampling.repetition_penalty)
         logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:

@@ -1,0 +1,129 @@
+"""Calibration on tiny models: what layers read, what rounding costs, and the exported model has the rounded weights."""
+
+import sys
+
+import pytest
+import torch
+
+from stages.common.artifacts import digest_files
+from stages.common.calibration import HEAD, Product, choose_bits, costs, products_of, round_all
+from stages.common.errors import StageError
+from stages.common.exported import Exported
+from stages.common.gptq import Grid, round_nearest
+from stages.common.models import load_model
+from stages.common.nbits import pack, put_weights
+from stages.export import build, matmul_name
+from tests.support.params import export_params
+
+FEW, MANY = Grid(4, 16, False), Grid(8, 16, False)
+
+
+def conversations(count: int = 12) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 300, (20 + i,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.fixture(params=["llama", "phi"])
+def folder(request):
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+def loaded(folder):
+    return load_model(folder, torch.float32).eval().requires_grad_(False)
+
+
+def mean_divergence(model, other) -> float:
+    """Kullback-Leibler divergence of the next token, nats a token."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for ids in conversations():
+            p, q = (m(torch.tensor([ids])).logits[0].log_softmax(-1) for m in (model, other))
+            total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + len(ids)
+    return total / tokens
+
+
+def test_products_are_those_of_the_exported_graph(tiny_llama, tiny_phi):
+    names = ["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    expected = [Product(layer, name) for layer in (0, 1) for name in names] + [Product(-1, HEAD)]
+    assert list(products_of(loaded(tiny_llama))) == expected
+    assert {p.name for p in products_of(loaded(tiny_phi))} == {"qkv_proj", "o_proj", "fc1", "fc2", HEAD}
+
+
+def test_a_model_of_another_build_is_one_error(tiny_gpt2):
+    with pytest.raises(StageError, match="cannot read the layers of a gpt2 model. Take rtn"):
+        products_of(loaded(tiny_gpt2))
+
+
+def test_costs_are_near_the_divergence_that_rounding_brings(folder):
+    """Each product rounded alone: the second-order estimate against the divergence of the next tokens."""
+    model = loaded(folder)
+    products = products_of(model)
+    estimated = costs(model, products, conversations(), FEW, 0)
+    again = costs(model, products, conversations(), FEW, 0)
+    assert estimated == again and all(value > 0 for value in estimated.values())
+    for product in products:
+        other = loaded(folder)
+        for linear in products_of(other)[product]:
+            linear.weight.data = round_nearest(linear.weight.data, FEW).weight()
+            if product.name == HEAD and other.config.tie_word_embeddings:
+                break
+        measured = mean_divergence(model, other)
+        if product.name != HEAD or not model.config.tie_word_embeddings:  # tied: the input embeddings change, too
+            assert 0.3 * measured < estimated[product] < 2 * measured, str(product)
+
+
+def test_eight_bits_go_where_they_gain_most_within_the_mean():
+    a, b, c, head = (Product(0, name) for name in ("qkv_proj", "o_proj", "fc1", HEAD))
+    sizes = {a: 100, b: 100, c: 200, head: 400}
+    cost = {a: 5.0, b: 1.0, c: 4.0, head: 100.0}
+    few, many = FEW.bits_a_weight, MANY.bits_a_weight
+
+    def chosen(share: float, kept=frozenset()) -> set[Product]:
+        return choose_bits(cost, sizes, (FEW, MANY), set(kept), few + share * (many - few))
+
+    assert chosen(0) == set() and chosen(1) == set(sizes)
+    assert chosen(0.5) == {head}  # the most for each weight
+    assert chosen(0.49) == {a, c}  # too large a one is passed over
+    assert chosen(0.37) == {a, b}
+    assert chosen(0.1, {b}) == {b}
+    assert chosen(0.25, {b}) == {a, b}
+
+
+def test_gptq_diverges_less_than_the_nearest_value(folder):
+    model, rounded, nearest = loaded(folder), loaded(folder), loaded(folder)
+    products = products_of(rounded)
+    grids = {product: MANY if product.name == HEAD else FEW for product in products}
+    given = dict(round_all(rounded, products, conversations(), grids))
+    assert set(given) == {product for product in products if product.name != HEAD}
+    for product, linears in products_of(nearest).items():
+        for linear in linears if product.name != HEAD else ():
+            linear.weight.data = round_nearest(linear.weight.data, FEW).weight()
+    assert 0 < mean_divergence(model, rounded) < 0.8 * mean_divergence(model, nearest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("head_bits", [8, 4])
+def test_the_exported_model_has_the_rounded_weights(folder, symmetric, head_bits, tmp_path, warm_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(warm_python))
+    params = export_params(export_block_size=32, export_symmetric=symmetric, export_accuracy_level=1)
+    model = loaded(folder)
+    products = products_of(model)
+    grids = {p: Grid(head_bits if p.name == HEAD else 4, 32, symmetric) for p in products}
+    eight = [matmul_name(p.layer, p.name) for p in products if grids[p].bits == 8]
+    packed = {matmul_name(p.layer, p.name): pack(w) for p, w in round_all(model, products, conversations(), grids)}
+    for name in ("once", "twice"):
+        build(folder, tmp_path / name / "onnx", params, eight)
+    before = digest_files([tmp_path / "once/onnx"])
+    for name in ("once", "twice"):
+        put_weights(tmp_path / name / "onnx", packed)
+    assert before != digest_files([tmp_path / "once/onnx"]) == digest_files([tmp_path / "twice/onnx"])
+    exported = Exported(tmp_path / "once/onnx")
+    # The builder computes Phi's approximate GELU exactly, and has a way of its own to the nearest 8-bit value.
+    near = 1e-5 if model.config.model_type == "llama" and head_bits == 4 else 2e-2
+    for ids in conversations(3):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0]
+        assert torch.allclose(torch.from_numpy(exported.logits(ids)), expected, atol=near * float(expected.abs().max()))
+    with pytest.raises(ValueError, match="has no 4-bit node /model/layers.9/mlp/up_proj/MatMul"):
+        put_weights(tmp_path / "once/onnx", {matmul_name(9, "up_proj"): next(iter(packed.values()))})
