@@ -57,7 +57,7 @@ def test_a_block_of_zeros_is_zero():
 def test_gptq_loses_much_less_than_the_nearest_value(symmetric):
     weight, moments, grid = random_weight(32), moments_of(64), Grid(4, 16, symmetric)
     nearest = loss(weight, round_nearest(weight, grid).weight(), moments)
-    assert loss(weight, round_gptq(weight, moments, grid).weight(), moments) < 0.4 * nearest
+    assert loss(weight, round_gptq(weight, moments, grid).weight(), moments) < 0.6 * nearest
 
 
 def test_with_independent_inputs_gptq_gives_the_nearest_values_of_its_scales():
