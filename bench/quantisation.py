@@ -34,12 +34,13 @@ WAYS = (
     ("int4", "rtn", 32, False, (), None),
     ("int4", "k_quant", 32, False, (), None),
     ("int4", "k_quant", 32, False, ("lm_head",), None),
+    ("int4", "rtn", 32, False, ("qkv_proj", "gate_proj", "down_proj", "lm_head"), None),
     ("int4", "rtn", 16, False, ("qkv_proj", "gate_proj", "up_proj", "down_proj", "lm_head"), None),
     ("int4", "gptq", 32, False, (), None),
     ("int4", "gptq", 32, False, ("lm_head",), None),
     ("int4", "gptq", 32, False, ("lm_head",), 6.2),
-    ("int4", "gptq", 64, True, ("lm_head",), 6.2),
     ("int4", "gptq", 32, False, ("lm_head",), 7.0),
+    ("int4", "gptq", 32, False, ("lm_head",), 8.0),
     ("int8", "rtn", 32, False, (), None),
 )
 
@@ -68,7 +69,7 @@ def divergence(expected: Predictions, got: Predictions) -> float:
 @torch.no_grad()
 def reference(rows: pd.DataFrame) -> tuple[float, Predictions]:
     """The merged model's perplexity and predictions."""
-    model = load_model(MERGED, torch.float32).eval()
+    model = load_model(MERGED, torch.float32, use_gpu=False).eval()
     perplexity = perplexity_of(score(model, rows, BATCH, load_tokenizer(MERGED).pad_token_id))
     return perplexity, predictions(lambda ids: model(torch.tensor([ids])).logits[0], rows)
 

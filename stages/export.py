@@ -1,10 +1,10 @@
 """Export the tuned model for CPUs: onnxruntime-genai's format, quantised, checked against the merged model.
 
-Reads models/merged/, models/base/, the held-out part of data/tokenized/, and for the cards models/adapter/training.json
-and data/raw/source.json.
-Writes models/onnx/tuned and models/onnx/base (the base exported the same way, to show both side by side), each with its
-tokenizer, the chat template of training and card.json; reports/exported.json (what the export cost in quality) and
-reports/export.json (the few numbers of it that one compares).
+Reads models/merged/, models/base/, data/tokenized/ (the held-out part, and for gptq the training part), and for the
+cards models/adapter/training.json and data/raw/source.json.
+Writes models/onnx/tuned and models/onnx/base (to show both side by side; see params_of), each with its tokenizer, the
+chat template of training and card.json; reports/exported.json (what the export cost in quality) and reports/export.json
+(the few numbers of it that one compares).
 Run: `dvc repro export`
 """
 
@@ -26,7 +26,15 @@ from transformers import PreTrainedTokenizerBase
 from stages.common import memory
 from stages.common.answers import answer_figures
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
-from stages.common.calibration import choose_bits, costs, products_of, round_all
+from stages.common.calibration import (
+    check_grids,
+    choose_bits,
+    costs,
+    kept_products,
+    products_of,
+    round_all,
+    sizes_of,
+)
 from stages.common.chat import Chat, check_same_ids, end_ids, rendered_by
 from stages.common.errors import StageError, is_disk_full
 from stages.common.exported import Exported
@@ -57,7 +65,7 @@ LARGER = "Run `dvc repro` on a larger machine, where models/merged is (dvc push,
 ANSWERS = 8
 ANSWER_TOKENS = 32
 BATCH = 8
-# Of the conversations that calibrate, each so manieth one measures what rounding costs: it needs a backward pass, too.
+# Every so many conversations, one of those that calibrate also measures what rounding costs, by a backward pass.
 MEASURED = 12
 SEED = 0
 
@@ -106,17 +114,17 @@ def calibrate(source: Path, params: ExportParams) -> tuple[list[str], dict[str, 
     rows = read_parquet(TOKENIZED / "train.parquet", ("input_ids", "length"))
     share = max(1, round(rows["length"].sum() / params.export_calibration_tokens))
     conversations = [list(ids) for ids in rows["input_ids"].iloc[::share]]
-    model = load_model(source, torch.float32).eval().requires_grad_(False)
+    model = load_model(source, torch.float32, use_gpu=False).eval().requires_grad_(False)
     products = products_of(model)
     few, many = (Grid(bits, params.export_block_size, params.export_symmetric) for bits in (4, 8))
-    eight = {product for product in products if product.name in params.export_int8_layers}
+    eight = kept_products(products, params.export_int8_layers)
+    check_grids(products, (few, many), eight, params.export_bits)
     if params.export_bits is not None:
-        sizes = {p: sum(linear.weight.numel() for linear in linears) for p, linears in products.items()}
         cost = costs(model, products, conversations[::MEASURED], few, SEED)
-        eight = choose_bits(cost, sizes, (few, many), eight, params.export_bits)
+        eight = choose_bits(cost, sizes_of(products), (few, many), eight, params.export_bits)
     grids = {product: many if product in eight else few for product in products}
     rounded = round_all(model, products, conversations, grids)
-    packed = {matmul_name(product.layer, product.name): pack(weight) for product, weight in rounded}
+    packed = {matmul_name(product.layer, product.name): pack(weight, few.symmetric) for product, weight in rounded}
     return [matmul_name(product.layer, product.name) for product in products if product in eight], packed
 
 
@@ -256,9 +264,10 @@ def main() -> None:
     report: dict[str, Any] = {"precision": params.export_precision}
     with write_whole(METRICS) as metrics, write_whole(FIGURES) as figures, write_whole(ONNX) as partial:
         for name in names:
-            print(f"export: {name}: {SOURCES[name]}/ to {params_of(name, params).export_precision}", flush=True)
+            print(f"export: {name}: {SOURCES[name]}/ to {params.export_precision}", flush=True)
             folder = partial / name
-            export(SOURCES[name], folder, params_of(name, params))
+            way = params_of(name, params)
+            export(SOURCES[name], folder, way)
             set_tokenizer(folder, tokenizer, SOURCES["tuned"])
             report[name] = measure(SOURCES[name], folder, tokenizer, rows)
             if name == "tuned":
@@ -266,7 +275,7 @@ def main() -> None:
                 asked = [question_of(row) for row in rows.head(params.stop_prompts).itertuples()]
                 answers = Exported(folder).answers(asked, params.max_new_tokens, params.repetition_penalty)
                 report[name]["answers"] = answer_figures(answers, end_ids(tokenizer))
-            write_json(folder / "card.json", card(name, params_of(name, params), report[name], rows))
+            write_json(folder / "card.json", card(name, way, report[name], rows))
         tuned = report["tuned"]
         write_json(figures, report)
         write_json(metrics, headline(tuned))

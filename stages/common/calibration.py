@@ -16,7 +16,9 @@ from stages.common.gptq import Grid, Rounded, round_gptq, round_nearest
 
 HEAD = "lm_head"
 # The exported graph multiplies by q, k and v at once, and calls all models' attention output the same.
-EXPORTED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "dense": "o_proj"}
+EXPORTED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "dense": "o_proj"} | {
+    name: name for name in ("o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+}
 SAME_INPUT = {"up_proj": "gate_proj"}  # whose second moments are another's
 
 
@@ -37,15 +39,50 @@ Linears = dict[Product, list[nn.Linear]]
 def products_of(model: PreTrainedModel) -> Linears:
     """The matrix products of a Llama or Phi model, layer by layer. Raises StageError for a model of another build."""
     found: Linears = {}
+    names = set()
     for number, layer in enumerate(getattr(model.base_model, "layers", [])):
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear):
-                name = path.rpartition(".")[2]
+                names.add(name := path.rpartition(".")[2])
                 found.setdefault(Product(number, EXPORTED.get(name, name)), []).append(module)
-    if not found or not isinstance(model.get_output_embeddings(), nn.Linear):
+    if not found or names - set(EXPORTED) or not isinstance(model.get_output_embeddings(), nn.Linear):
         raise StageError(f"export_method: gptq cannot read the layers of a {model.config.model_type} model. Take rtn.")
     found[Product(-1, HEAD)] = [model.get_output_embeddings()]
     return found
+
+
+def kept_products(products: Linears, names: Sequence[str]) -> set[Product]:
+    """The products of these names. Raises StageError for a name that the model has not."""
+    there = {product.name for product in products}
+    if unknown := [name for name in names if name not in there]:
+        raise StageError(f"export_int8_layers: the model has no {unknown[0]}. It has {', '.join(sorted(there))}.")
+    return {product for product in products if product.name in names}
+
+
+def check_grids(products: Linears, grids: tuple[Grid, Grid], kept: set[Product], bits: float | None) -> None:
+    """Raise StageError where the exported graph cannot hold such a grid, or where no choice of layers has so few bits.
+
+    The builder packs the 4-bit zero points of all rows at once: a row must have an even number of them.
+    """
+    few, many = grids
+    for product, linears in products.items():
+        blocks = -(-linears[0].in_features // few.block)
+        if product not in kept and not few.symmetric and blocks % 2:
+            raise StageError(
+                f"export_block_size: {few.block}: {product} has {blocks} blocks in a row. Zero points need an even "
+                "number. Take another size, or export_symmetric: true."
+            )
+    sizes = sizes_of(products)
+    share = sum(sizes[product] for product in kept) / sum(sizes.values())
+    if bits is not None and bits < (least := few.bits_a_weight + share * (many.bits_a_weight - few.bits_a_weight)):
+        raise StageError(
+            f"export_bits: {bits}: must be at least {least:.2f}, with export_int8_layers alone in 8 bits, or null."
+        )
+
+
+def sizes_of(products: Linears) -> dict[Product, int]:
+    """Weights of each product."""
+    return {product: sum(linear.weight.numel() for linear in linears) for product, linears in products.items()}
 
 
 def weight_of(linears: Sequence[nn.Linear]) -> torch.Tensor:

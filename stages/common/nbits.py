@@ -14,6 +14,7 @@ import torch
 from stages.common.gptq import Rounded
 
 MODEL = "model.onnx"
+PARTS = 3  # inputs of a node after the activations: weight, scales and zero points, if it has those
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,16 @@ class Packed:
 
     weight: np.ndarray  # uint8, (rows, blocks, bytes of a block)
     scales: np.ndarray  # float32, (rows, blocks)
-    zeros: np.ndarray  # uint8, (rows, bytes of a row's zero points)
+    zeros: np.ndarray | None  # uint8, (rows, bytes of a row's zero points); None where all are in the middle
 
 
-def pack(rounded: Rounded) -> Packed:
+def pack(rounded: Rounded, symmetric: bool) -> Packed:
+    """`symmetric`: without zero points; the graph takes the middle."""
     rows, blocks = rounded.scales.shape
     return Packed(
         _halves(rounded.integers).reshape(rows, blocks, -1).numpy(),
         rounded.scales.contiguous().numpy(),
-        _halves(torch.nn.functional.pad(rounded.zeros, (0, blocks % 2))).numpy(),
+        None if symmetric else _halves(torch.nn.functional.pad(rounded.zeros, (0, blocks % 2))).numpy(),
     )
 
 
@@ -49,8 +51,9 @@ def put_weights(folder: Path, packed: dict[str, Packed]) -> None:
     for name, weight in packed.items():
         if name not in nodes:
             raise ValueError(f"{folder / MODEL} has no 4-bit node {name}")
-        arrays = (weight.weight, weight.scales, weight.zeros)
-        for tensor, array in zip((stored[n] for n in nodes[name].input[1:4]), arrays, strict=False):
+        arrays = [array for array in (weight.weight, weight.scales, weight.zeros) if array is not None]
+        inputs = nodes[name].input[1 : 1 + PARTS]
+        for tensor, array in zip([stored[n] for n in inputs if n in stored], arrays, strict=True):
             if list(tensor.dims) != list(array.shape):
                 raise ValueError(f"{tensor.name} has shape {list(tensor.dims)}, not {list(array.shape)}")
             _overwrite(folder, tensor, array.tobytes())

@@ -39,7 +39,7 @@ python -m stages train
 git checkout params.yaml dvc.lock reports
 dvc checkout
 dvc exp run --name slower -S learning_rate=1e-4
-dvc exp run -S learning_rate=2e-3 -S max_steps=40 -S gradient_accumulation_steps=2 -S repetition_penalty=1.0
+dvc exp run -S learning_rate=2e-3 -S max_steps=40 -S gradient_accumulation_steps=2 -S max_new_tokens=256
 dvc exp run -S repetition_penalty=1.1
 dvc exp show --only-changed
 dvc plots show

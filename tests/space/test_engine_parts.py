@@ -94,6 +94,13 @@ def test_a_repetition_penalty_lowers_what_was_said():
     assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0])  # the model's own memory is untouched
 
 
+def test_a_repetition_penalty_does_not_count_the_prompt():
+    """It has the token that ends an answer."""
+    logits, random = np.array([2.0, 1.0, -1.0], dtype=np.float32), np.random.default_rng(0)
+    greedy = Sampling(temperature=0, repetition_penalty=2)
+    assert scores(logits, [0, 1, 2], greedy, random, prompt=1).tolist() == [2.0, 0.5, -2.0]
+
+
 def test_without_a_repetition_penalty_there_is_none():
     logits, random = np.array([2.0, 1.9], dtype=np.float32), np.random.default_rng(0)
     for penalty in (None, 1):

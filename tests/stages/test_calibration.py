@@ -4,12 +4,23 @@ import sys
 
 import pytest
 import torch
+from transformers import Phi3Config
 
 from stages.common.artifacts import digest_files
-from stages.common.calibration import HEAD, Product, choose_bits, costs, products_of, round_all
+from stages.common.calibration import (
+    HEAD,
+    Product,
+    check_grids,
+    choose_bits,
+    costs,
+    kept_products,
+    products_of,
+    round_all,
+)
 from stages.common.errors import StageError
 from stages.common.exported import Exported
 from stages.common.gptq import Grid, round_nearest
+from stages.common.model_files import empty_model
 from stages.common.models import load_model
 from stages.common.nbits import pack, put_weights
 from stages.export import build, matmul_name
@@ -42,6 +53,18 @@ def mean_divergence(model, other) -> float:
     return total / tokens
 
 
+def farthest(exported: Exported, model) -> float:
+    """The greatest difference of logits, as a share of the greatest logit."""
+    found = 0.0
+    for ids in conversations(3):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0]
+        found = max(
+            found, float((torch.from_numpy(exported.logits(ids)) - expected).abs().max() / expected.abs().max())
+        )
+    return found
+
+
 def test_products_are_those_of_the_exported_graph(tiny_llama, tiny_phi):
     names = ["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     expected = [Product(layer, name) for layer in (0, 1) for name in names] + [Product(-1, HEAD)]
@@ -52,6 +75,25 @@ def test_products_are_those_of_the_exported_graph(tiny_llama, tiny_phi):
 def test_a_model_of_another_build_is_one_error(tiny_gpt2):
     with pytest.raises(StageError, match="cannot read the layers of a gpt2 model. Take rtn"):
         products_of(loaded(tiny_gpt2))
+    # Phi-3's one layer for gate and up is two in the exported graph.
+    fused = Phi3Config(num_hidden_layers=1)
+    with pytest.raises(StageError, match="cannot read the layers of a phi3 model. Take rtn"):
+        products_of(empty_model(fused))
+
+
+def test_parameters_that_the_model_cannot_have_are_one_error(tiny_llama):
+    products = products_of(loaded(tiny_llama))
+    with pytest.raises(StageError, match="export_int8_layers: the model has no fc1. It has down_proj, gate_proj"):
+        kept_products(products, ["lm_head", "fc1"])
+    kept = kept_products(products, ["lm_head"])
+    with pytest.raises(StageError, match=r"export_block_size: 64: 0.qkv_proj has 1 blocks in a row. Zero points need"):
+        check_grids(products, (Grid(4, 64, False), Grid(8, 64, False)), kept, None)
+    check_grids(products, (Grid(4, 64, True), Grid(8, 64, True)), kept, None)
+    with pytest.raises(
+        StageError, match=r"export_bits: 4.5: must be at least \d+\.\d\d, with export_int8_layers alone"
+    ):
+        check_grids(products, (FEW, MANY), kept, 4.5)
+    check_grids(products, (FEW, MANY), kept, 10)
 
 
 def test_costs_are_near_the_divergence_that_rounding_brings(folder):
@@ -65,8 +107,6 @@ def test_costs_are_near_the_divergence_that_rounding_brings(folder):
         other = loaded(folder)
         for linear in products_of(other)[product]:
             linear.weight.data = round_nearest(linear.weight.data, FEW).weight()
-            if product.name == HEAD and other.config.tie_word_embeddings:
-                break
         measured = mean_divergence(model, other)
         if product.name != HEAD or not model.config.tie_word_embeddings:  # tied: the input embeddings change, too
             assert 0.3 * measured < estimated[product] < 2 * measured, str(product)
@@ -102,28 +142,29 @@ def test_gptq_diverges_less_than_the_nearest_value(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("block, symmetric", [(32, False), (32, True), (128, True)])
 @pytest.mark.parametrize("head_bits", [8, 4])
-def test_the_exported_model_has_the_rounded_weights(folder, symmetric, head_bits, tmp_path, warm_python, monkeypatch):
+def test_the_exported_model_has_the_rounded_weights(
+    folder, block, symmetric, head_bits, tmp_path, warm_python, monkeypatch
+):
+    """Blocks of 128 are longer than a row of 64: the graph's are filled with zeros."""
     monkeypatch.setattr(sys, "executable", str(warm_python))
-    params = export_params(export_block_size=32, export_symmetric=symmetric, export_accuracy_level=1)
+    params = export_params(export_block_size=block, export_symmetric=symmetric, export_accuracy_level=1)
     model = loaded(folder)
     products = products_of(model)
-    grids = {p: Grid(head_bits if p.name == HEAD else 4, 32, symmetric) for p in products}
+    grids = {p: Grid(head_bits if p.name == HEAD else 4, block, symmetric) for p in products}
     eight = [matmul_name(p.layer, p.name) for p in products if grids[p].bits == 8]
-    packed = {matmul_name(p.layer, p.name): pack(w) for p, w in round_all(model, products, conversations(), grids)}
+    rounded = round_all(model, products, conversations(), grids)
+    packed = {matmul_name(p.layer, p.name): pack(weight, symmetric) for p, weight in rounded}
     for name in ("once", "twice"):
         build(folder, tmp_path / name / "onnx", params, eight)
     before = digest_files([tmp_path / "once/onnx"])
+    nearest = farthest(Exported(tmp_path / "once/onnx"), model)
     for name in ("once", "twice"):
         put_weights(tmp_path / name / "onnx", packed)
     assert before != digest_files([tmp_path / "once/onnx"]) == digest_files([tmp_path / "twice/onnx"])
-    exported = Exported(tmp_path / "once/onnx")
     # The builder computes Phi's approximate GELU exactly, and has a way of its own to the nearest 8-bit value.
     near = 1e-5 if model.config.model_type == "llama" and head_bits == 4 else 2e-2
-    for ids in conversations(3):
-        with torch.no_grad():
-            expected = model(torch.tensor([ids])).logits[0]
-        assert torch.allclose(torch.from_numpy(exported.logits(ids)), expected, atol=near * float(expected.abs().max()))
+    assert farthest(Exported(tmp_path / "once/onnx"), model) < near < nearest
     with pytest.raises(ValueError, match="has no 4-bit node /model/layers.9/mlp/up_proj/MatMul"):
         put_weights(tmp_path / "once/onnx", {matmul_name(9, "up_proj"): next(iter(packed.values()))})

@@ -71,21 +71,21 @@ def test_with_independent_inputs_gptq_gives_the_nearest_values_of_its_scales():
 
 
 def test_gptq_comes_near_the_best_of_all_roundings():
-    """Four columns, each rounded down or up: all 16 roundings by hand."""
+    """Four columns: all 16^4 integers by hand, on the same scales."""
     weight, moments = random_weight(8, 64)[:, :4], moments_of(4)
     padded, grid = torch.nn.functional.pad(weight, (0, 12)), Grid(4, 16, False)
     rounded = round_gptq(padded, torch.nn.functional.pad(moments, (0, 12, 0, 12)), grid)
     scale, zero = rounded.scales[:, :1], rounded.zeros[:, :1].float()
-    below = torch.floor(weight / scale) + zero
-    choices = [(below + torch.tensor(up)).clamp(0, 15) for up in itertools.product((0.0, 1.0), repeat=4)]
-    tried = torch.stack([(c - zero) * scale for c in choices])
-    errors = torch.einsum("cri,ij,crj->cr", tried - weight, moments, tried - weight)
-    best, nearest = (
-        float(errors.min(0).values.sum()),
-        loss(weight, round_nearest(padded, grid).weight()[:, :4], moments),
-    )
-    ours = loss(weight, rounded.weight()[:, :4], moments)
-    assert best * 0.9999 <= ours < best + 0.5 * (nearest - best)
+    every = torch.tensor(list(itertools.product(range(16), repeat=4)), dtype=torch.float32)
+
+    def errors(integers: torch.Tensor) -> torch.Tensor:
+        error = ((integers - zero[:, None]) * scale[:, None] - weight[:, None]).double()
+        return ((error @ moments.double()) * error).sum(-1)
+
+    best = float(errors(every[None]).min(1).values.sum())
+    nearest = float(errors((torch.round(weight / scale) + zero).clamp(0, 15)[:, None]).sum())
+    ours = float(errors(rounded.integers[:, None, :4].float()).sum())
+    assert best * (1 - 1e-9) <= ours < best + 0.5 * (nearest - best)
 
 
 def test_an_input_that_is_never_there_is_no_obstacle():

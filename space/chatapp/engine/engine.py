@@ -105,8 +105,9 @@ class Engine:
 
     def _answer(self, prompt: _Prompt, sampling: Sampling, cancel: threading.Event) -> Iterator[Chunk]:
         count = len(prompt.ids)
-        if sampling.repetition_penalty is None:
-            sampling = replace(sampling, repetition_penalty=self._repetition_penalty)
+        if sampling.repetition_penalty is None:  # JSON repeats its marks by rule
+            own = 1 if sampling.json_object else self._repetition_penalty
+            sampling = replace(sampling, repetition_penalty=own)
         blank = Chunk("", 0, None, prompt.dropped_turns, count)
         while not self._lock.acquire(timeout=0.05):
             if cancel.is_set():
