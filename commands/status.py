@@ -9,10 +9,15 @@ import sys
 from commands import summary
 from stages.common.params import read_params
 
+UP_TO_DATE = "up to date"  # in what DVC says when no stage would run
+
 
 def main() -> None:
     read_params()
-    result = subprocess.run([sys.executable, "-m", "dvc", "status"])
+    result = subprocess.run([sys.executable, "-m", "dvc", "status"], stdout=subprocess.PIPE, text=True)
+    print(result.stdout, end="")
     if result.returncode:
         sys.exit(result.returncode)
+    if UP_TO_DATE not in result.stdout:
+        print("\nThe stages after these run again, too, where their inputs change. What follows is of the runs before.")
     summary.main()

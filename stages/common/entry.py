@@ -63,6 +63,10 @@ def run(module: str, *, network: bool = False, lock: str | None = None) -> None:
             main = importlib.import_module(module).main
             gc.freeze()  # what the libraries hold stays: no collection needs to walk through it
             main()
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` for example, has enough: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except StageError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

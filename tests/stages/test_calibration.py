@@ -141,14 +141,18 @@ def test_gptq_diverges_less_than_the_nearest_value(folder):
     assert 0 < mean_divergence(model, rounded) < 0.8 * mean_divergence(model, nearest)
 
 
+@pytest.fixture
+def warm_builder(warm_python, monkeypatch):
+    """The builder runs in a fork of a warm process."""
+    monkeypatch.setattr(sys, "executable", str(warm_python))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_builder")
 @pytest.mark.parametrize("block, symmetric", [(32, False), (32, True), (128, True)])
 @pytest.mark.parametrize("head_bits", [8, 4])
-def test_the_exported_model_has_the_rounded_weights(
-    folder, block, symmetric, head_bits, tmp_path, warm_python, monkeypatch
-):
+def test_the_exported_model_has_the_rounded_weights(folder, block, symmetric, head_bits, tmp_path):
     """Blocks of 128 are longer than a row of 64: the graph's are filled with zeros."""
-    monkeypatch.setattr(sys, "executable", str(warm_python))
     params = export_params(export_block_size=block, export_symmetric=symmetric, export_accuracy_level=1)
     model = loaded(folder)
     products = products_of(model)

@@ -158,7 +158,7 @@ def test_the_stage_writes_both_models_or_nothing(finished_project):
         assert (onnx / name / "chat_template.jinja").read_bytes() == template
     assert read_json(onnx / "tuned/card.json")["training"]["params"]["max_steps"] == 4
     # Full precision by another way: the same perplexity.
-    finished_project.set(export_precision="fp32", export_base=False)
+    finished_project.set(**PLAIN, export_precision="fp32", export_base=False)
     finished_project.run("stages", "export")
     quality = read_json(finished_project.folder / "reports/exported.json")["tuned"]
     assert abs(quality["perplexity_increase"]) < 1e-4 and quality["token_agreement"] == 1
