@@ -1,6 +1,8 @@
 """`make status`: what would run, and the last summary; a wrong parameter first, and alone."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -30,6 +32,16 @@ def test_a_wrong_parameter_is_all_that_is_said(case, project):
 def test_the_stages_that_would_run_stand_before_the_summary(finished_project):
     said = finished_project.run("commands", "status").stdout
     assert "up to date" in said and "perplexity" in said.partition("up to date")[2]
+    assert "of the runs before" not in said
     finished_project.set(seed=7)
     said = finished_project.run("commands", "status").stdout
-    assert "seed" in said and "perplexity" in said.partition("seed")[2]
+    changed, _, figures = said.partition("What follows is of the runs before.")
+    assert "seed" in changed and "perplexity" in figures
+
+
+@pytest.mark.slow
+def test_output_that_nobody_reads_on_is_no_traceback(finished_project):
+    command = f"'{sys.executable}' -m commands status | head -n 1"
+    settings = {"cwd": finished_project.folder, "env": finished_project.environment()}
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, **settings)
+    assert result.stdout and result.stderr == ""
