@@ -86,7 +86,8 @@ def main() -> None:
     print(
         f"measured on {held_out['conversations']} of {held_out['of']} held-out conversations, "
         f"{held_out['supervised_tokens']} tokens (the others are those of the loss curve);\n"
-        f"answers are greedy, with a repetition penalty of {evaluation['answers']['repetition_penalty']}:\n"
+        f"answers are greedy, with a repetition penalty of {evaluation['answers']['repetition_penalty']}; "
+        "data: the data's own answers:\n"
     )
     print("\n".join(table(evaluation, read_json(REPORTS / "exported.json"))))
     print("\nOne answer side by side:\n")
