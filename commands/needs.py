@@ -112,8 +112,9 @@ def disk(config: PretrainedConfig, params: Params, download: int | None, fetched
     shape = memory.shape_of(config, lora_config(params))
     base = shape.parameters * memory.dtype_bytes(file_dtype(config))
     outputs = shape.parameters * memory.dtype_bytes(params.merge_dtype) + shape.adapter * 4
-    exported = {"int4": 1, "int8": 1, "fp16": 2, "fp32": 4}[params.export_precision]  # at most: int4 keeps some in int8
-    outputs += shape.parameters * exported * (1 + params.export_base)
+    # At most, with scales: int4 may keep all layers in int8, and int8 keeps the embeddings in float32.
+    exported = {"int4": 1.25, "int8": 2.1, "fp16": 2, "fp32": 4}[params.export_precision]
+    outputs += round(shape.parameters * exported) * (1 + params.export_base)
     outputs += round(shape.parameters * sum(memory.GGUF_BYTES[kind] for kind in params.gguf_types))
     if not fetched:  # a fetched model is there, and in DVC's cache
         outputs += base
