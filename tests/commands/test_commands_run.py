@@ -77,6 +77,7 @@ ELSEWHERE = {
     "dvc push": "tests/whole/test_remote.py",
     "dvc add": "tests/whole/test_experiments.py",
     "dvc exp run -S truncation_side": "tests/stages/test_truncation.py",
+    "dvc exp run -S seed": "each key alone: tests/commands/test_docs.py",
     "dvc exp run -S max_turns": "an earlier recipe; each key alone: tests/commands/test_docs.py",
     "make check": "tests/commands/test_check.py",
     "python -m tests.support.templates": "tests/stages/test_templates.py",
