@@ -86,7 +86,6 @@ ELSEWHERE = {
     "python -m tests.whole.kills": "tests/whole/test_kills.py",
     "python -m venv": "Python's own",
     "python -m timeit": "Python's own",
-    "pip install xllamacpp": "needs a package index",
 }
 
 
