@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -28,6 +29,17 @@ def exported_llama(tiny_llama, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported_phi(tiny_phi, tmp_path_factory):
     return exported(tiny_phi, "phi2", tmp_path_factory.mktemp("phi-cpu"))
+
+
+@pytest.fixture(scope="module", params=["llama", "phi"])
+def model(request) -> SimpleNamespace:
+    """Each exported tiny model: its folder and its tokenizer."""
+    return request.getfixturevalue(f"exported_{request.param}")
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Engine:
+    return Engine(model.folder, threads=1)
 
 
 @pytest.fixture(scope="session")

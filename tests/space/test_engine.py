@@ -12,24 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from chatapp.engine import Engine, Sampling, prompt_cache
 from stages.common.artifacts import write_json
-from tests.support.chats import chat
+from tests.support.chats import answer, chat
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", params=["llama", "phi"])
-def model(request):
-    return request.getfixturevalue(f"exported_{request.param}")
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    return Engine(model.folder, threads=1)
-
-
-def answer(engine, messages, **sampling) -> tuple[str, list]:
-    chunks = list(engine.stream(messages, Sampling(**{"temperature": 0, "max_tokens": 24, **sampling})))
-    return "".join(chunk.text for chunk in chunks), chunks
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=40)
