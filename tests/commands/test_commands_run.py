@@ -74,6 +74,7 @@ ELSEWHERE = {
     "dvc exp run -S 'dataset": "needs the hub: tests/whole/test_hub.py",
     "dvc exp run -S base_model": "needs the hub: tests/whole/test_hub.py",
     "dvc repro judge": "tests/whole/test_walkthroughs.py",
+    "dvc repro merge": "half of an experiment; a stage alone: tests/whole/test_experiments.py",
     "dvc push": "tests/whole/test_remote.py",
     "dvc add": "tests/whole/test_experiments.py",
     "dvc exp run -S truncation_side": "tests/stages/test_truncation.py",
