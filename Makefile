@@ -106,6 +106,6 @@ $(INSTALLED): requirements.lock
 		f"error: Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	@echo "Installing $$(grep -c == requirements.lock) pinned packages into $(VENV) (once, a few minutes)"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(PY) -m pip install -qq --requirement requirements.lock
+	@$(PY) -m pip install -qq --no-compile --requirement requirements.lock
 	@echo "$$LEND_IDENTITY" >> $(VENV)/bin/activate
 	@touch $(INSTALLED)

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from bench.chat_server import ROOT
 from chatapp.engine import Engine, Sampling
-from chatapp.engine.exported_model import usable_cpus
+from chatapp.engine.decoder import usable_cpus
 
 PROMPTS = ("Tell me a story about a fox.", "How do I grow tomatoes?", "What makes a good friend?")
 

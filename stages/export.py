@@ -205,7 +205,7 @@ def measure(source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, rows
     print(f"export: {folder.name}: scoring and answering as it was before", flush=True)
     before = perplexity_of(score(model, rows, BATCH, tokenizer.pad_token_id))
     prompts = [question_of(row) for row in rows.head(ANSWERS).itertuples()]
-    answers = greedy_answers(model, tokenizer, prompts, ANSWER_TOKENS, batch_size=1)
+    answers = greedy_answers(model, tokenizer, prompts, ANSWER_TOKENS, batch_size=ANSWERS)
     del model
     exported = Exported(folder)
     scores = exported.score(rows, f"scoring {folder.name}, exported")
@@ -273,8 +273,9 @@ def main() -> None:
             if name == "tuned":
                 check_loss(report[name]["perplexity_increase"], params.export_max_perplexity_increase)
                 asked = [question_of(row) for row in rows.head(params.stop_prompts).itertuples()]
-                answers = Exported(folder).answers(asked, params.max_new_tokens, params.repetition_penalty)
-                report[name]["answers"] = answer_figures(answers, end_ids(tokenizer))
+                ends = end_ids(tokenizer)
+                answers = Exported(folder).answers(asked, params.max_new_tokens, ends, params.repetition_penalty)
+                report[name]["answers"] = answer_figures(answers, ends)
             write_json(folder / "card.json", card(name, way, report[name], rows))
         tuned = report["tuned"]
         write_json(figures, report)

@@ -1,11 +1,14 @@
 """An exported model, measured in the same way as the model from which it was made."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime_genai as og
 import pandas as pd
 from tqdm.auto import tqdm
+
+from chatapp.engine.decoder import MAX_ROWS, Decoder
 
 
 def penalised(logits: np.ndarray, answer: list[int], penalty: float) -> np.ndarray:
@@ -16,20 +19,26 @@ def penalised(logits: np.ndarray, answer: list[int], penalty: float) -> np.ndarr
     return logits
 
 
+@dataclass
+class Answer:
+    prompt: list[int]
+    penalty: float
+    ids: list[int] = field(default_factory=list)
+
+    def choose(self, logits: np.ndarray) -> None:
+        self.ids.append(int(penalised(logits, self.ids, self.penalty).argmax()))
+
+
 class Exported:
     """An exported model: its logits, its score, its agreement with other answers."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = og.Model(str(folder))
+        self._decoder = Decoder(folder)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Logits of shape (tokens, vocabulary): at each position, for the token after it."""
-        settings = og.GeneratorParams(self._model)
-        settings.set_search_options(max_length=len(ids) + 1, batch_size=1)
-        generator = og.Generator(self._model, settings)
-        generator.append_tokens(np.array(ids, dtype=np.int32))
-        logits: np.ndarray = generator.get_output("logits")[0]
-        return logits
+        self._decoder.clear(0)
+        return self._decoder.read(0, ids)
 
     def score(self, rows: pd.DataFrame, progress: str) -> pd.DataFrame:
         """As scoring.score: columns nll (nats), tokens and correct, one row a conversation."""
@@ -46,23 +55,36 @@ class Exported:
         return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
 
     def answers(
-        self, prompts: list[list[int]], max_new_tokens: int, repetition_penalty: float = 1.0
+        self, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[int], repetition_penalty: float = 1.0
     ) -> list[list[int]]:
         """As generation.greedy_answers: the token ids of the greedy answer to each prompt, with its end token."""
-        found = []
-        for prompt in tqdm(prompts, desc="answering, exported", unit="answer"):
-            settings = og.GeneratorParams(self._model)
-            settings.set_search_options(max_length=len(prompt) + max_new_tokens, batch_size=1, do_sample=False)
-            generator = og.Generator(self._model, settings)
-            generator.append_tokens(np.array(prompt, dtype=np.int32))
-            answer: list[int] = []
-            while not generator.is_done():
-                if answer and repetition_penalty != 1:
-                    generator.set_logits(penalised(generator.get_logits(), answer, repetition_penalty))
-                generator.generate_next_token()
-                answer.append(int(generator.get_next_tokens()[0]))  # the generator's own sequence lacks the end token
-            found.append(answer)
-        return found
+        longest = max(map(len, prompts)) + max_new_tokens
+        at_once = max(1, min(MAX_ROWS, self._decoder.token_room // longest))
+        answers: list[list[int]] = []
+        with tqdm(total=len(prompts), desc="answering, exported", unit="answer") as progress:
+            for start in range(0, len(prompts), at_once):
+                batch = [Answer(prompt, repetition_penalty) for prompt in prompts[start : start + at_once]]
+                self._answer(batch, max_new_tokens, ends, progress)
+                answers += [answer.ids for answer in batch]
+        return answers
+
+    def _answer(self, batch: list["Answer"], max_new_tokens: int, ends: Sequence[int], progress: tqdm) -> None:
+        for row, answer in enumerate(batch):
+            self._decoder.clear(row)
+            answer.choose(self._decoder.read(row, answer.prompt)[-1])
+        going = list(batch)  # the answer in each row
+        while going:
+            for row in reversed(range(len(going))):
+                if going[row].ids[-1] in ends or len(going[row].ids) == max_new_tokens:
+                    last = going.pop()
+                    if row < len(going):
+                        going[row] = last
+                        self._decoder.copy(len(going), row, self._decoder.lengths[len(going)])
+                    progress.update()
+            if going:
+                logits = self._decoder.step([answer.ids[-1] for answer in going])
+                for answer, each in zip(going, logits, strict=True):
+                    answer.choose(each)
 
     def agreement(self, prompts: list[list[int]], answers: list[list[int]]) -> float:
         """The share of the answers' tokens that are this model's first choice, too, after the tokens before them."""

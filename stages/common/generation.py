@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import DynamicCache
 
 from stages.common.chat import end_ids
 
@@ -26,29 +26,45 @@ def greedy_answers(
     the very token that should end the answer.
     """
     ends = end_ids(tokenizer)
-    # All models decode in the same way: a base model's own settings do not count.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        longest = len(prompts[batch[-1]])
-        padding = [longest - len(prompts[i]) for i in batch]
-        ids = [[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, batch, strict=True)]
-        attention = [[0] * n + [1] * (longest - n) for n in padding]
-        penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=longest)
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(attention, device=model.device),
-                logits_processor=LogitsProcessorList([penalty]),
-            )
-        for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(row) if token in ends), len(row))
-            answers[i] = row[: end + 1]
+        said = _answer_batch(model, [prompts[i] for i in batch], ends, max_new_tokens, repetition_penalty)
+        answers.update(zip(batch, said, strict=True))
     return [answers[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def _answer_batch(
+    model: "PreTrainedModel", prompts: list[list[int]], ends: list[int], max_new_tokens: int, penalty: float
+) -> list[list[int]]:
+    """The answers to prompts that are padded on the left. A row leaves the batch when its answer ends; transformers'
+    `generate` computes it until the last one ends.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(ids)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    said = torch.zeros(len(prompts), model.get_output_embeddings().weight.shape[0], dtype=torch.bool).to(model.device)
+    cache = DynamicCache(config=model.config)
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # whose answers have not ended
+    for _ in range(max_new_tokens):
+        output = model(input_ids=ids, attention_mask=attention, position_ids=positions, cache=cache, logits_to_keep=1)
+        logits = output.logits[:, -1].float()
+        lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+        tokens = torch.where(said, lowered, logits).argmax(-1)
+        said.scatter_(1, tokens[:, None], True)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            answers[row].append(token)
+        if (going := [at for at, row in enumerate(rows) if answers[row][-1] not in ends]) != list(range(len(rows))):
+            kept = torch.tensor(going, dtype=torch.long, device=model.device)
+            rows = [rows[at] for at in going]
+            tokens, attention, positions, said = tokens[kept], attention[kept], positions[kept], said[kept]
+            cache.batch_select_indices(kept)
+        if not rows:
+            break
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
+    return answers

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from chatapp.engine import Sampling
 from chatapp.engine.conversation import check_messages, split_turns
-from chatapp.engine.exported_model import usable_cpus
+from chatapp.engine.decoder import usable_cpus
 from chatapp.engine.prompt import PromptBuilder
 from chatapp.engine.prompt_cache import tokens_in_step
 from chatapp.engine.sampling import choose, scores

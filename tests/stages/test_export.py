@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.common.artifacts import digest_files, read_json
+from stages.common.chat import end_ids
 from stages.common.errors import StageError
 from stages.common.exported import Exported
 from stages.common.generation import greedy_answers
@@ -93,9 +94,10 @@ def test_scores_and_agreement_are_those_of_the_merged_model(tiny_llama, tmp_path
     prompts = [x[:5] for x in ids]
     answers = greedy_answers(model, tokenizer, prompts, 32, batch_size=1)
     assert exported.agreement(prompts, answers) == 1
-    assert exported.answers(prompts, 32) == answers  # with the end token of those that end
+    ends = end_ids(tokenizer)
+    assert exported.answers(prompts, 32, ends) == answers  # with the end token of those that end
     penalised = greedy_answers(model, tokenizer, prompts, 32, batch_size=1, repetition_penalty=20.0)
-    assert exported.answers(prompts, 32, repetition_penalty=20.0) == penalised != answers
+    assert exported.answers(prompts, 32, ends, repetition_penalty=20.0) == penalised != answers
     wrong = [list(range(100, 100 + len(answer))) for answer in answers]  # so small a model says one token over and over
     assert exported.agreement(prompts, wrong) < 0.2
 

@@ -1,13 +1,13 @@
 """Load an exported model: the files that the export stage wrote, in a session of onnxruntime-genai."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime_genai as og
 
+from chatapp.engine.decoder import usable_cpus
 from chatapp.engine.prompt import PromptBuilder
 
 FILES = (
@@ -20,7 +20,6 @@ FILES = (
 )
 # A CPU needs minutes to read a longer context, and a Space has no memory for it.
 MAX_CONTEXT = 4096
-CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,6 @@ class ExportedModel:
     end_ids: frozenset[int]  # each of these tokens ends an answer
     size: int  # bytes of the weights
     repetition_penalty: float  # with which the export stage measured its answers
-
-
-def usable_cpus() -> int:
-    """The number of CPUs that the process's affinity and its container's limit allow."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CGROUP_CPU_LIMIT.read_text().split()
-        cpus = min(cpus, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # there is no cgroup, or its quota is "max"
-        pass
-    return cpus
 
 
 def load_exported(folder: Path, threads: int | None = None) -> ExportedModel:
