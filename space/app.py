@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chatapp.engine import load_engines
+from chatapp.engine import MAX_ROWS, load_engines
 from chatapp.server.access import KEY, Access, checked_key
 from chatapp.server.fair_queue import FairQueue
 from chatapp.server.find_models import find_models
@@ -87,7 +87,8 @@ def main() -> None:
 
     commit = chosen.commit or (COMMIT.read_text(encoding="utf-8").strip() if COMMIT.is_file() else "")
     try:
-        serve(build(engines, FairQueue(chosen.places, chosen.patience), commit, access, evaluation), listener)
+        queue = FairQueue(chosen.places, chosen.patience, at_once=MAX_ROWS)
+        serve(build(engines, queue, commit, access, evaluation), listener)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -56,17 +56,17 @@ def score(
             with torch.no_grad():
                 logits = model(
                     input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=positions
-                ).logits.float()
+                ).logits
             targets = labels[:, 1:][:, positions]
-            nll = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), targets, ignore_index=UNSUPERVISED, reduction="none"
-            ).double()
-            correct = (logits.argmax(dim=-1) == targets) & (targets != UNSUPERVISED)
+            supervised = targets != UNSUPERVISED
+            logits, targets = logits[supervised].float(), targets[supervised]
+            nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+            correct = logits.argmax(dim=-1) == targets
             if not torch.isfinite(nll).all():
                 raise StageError("the model's loss is not finite in this number format. Use bfloat16 or float32.")
-            for i, index in enumerate(batch):
-                supervised = int((targets[i] != UNSUPERVISED).sum())
-                results[index] = (nll[i].sum().item(), supervised, int(correct[i].sum()))
+            counts = supervised.sum(dim=1).tolist()
+            for index, each, right in zip(batch, nll.split(counts), correct.split(counts), strict=True):
+                results[index] = (each.sum().item(), len(each), int(right.sum()))
             on_batch(len(batch))
     finally:
         model.train(was_training)

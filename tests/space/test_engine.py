@@ -3,6 +3,8 @@
 import json
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,11 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from chatapp.engine import Engine, Sampling, prompt_cache
+from chatapp.engine import Engine, Sampling
+from chatapp.engine.rows import Row, Rows
 from stages.common.artifacts import write_json
 from tests.support.chats import answer, chat
 
 pytestmark = pytest.mark.slow
+
+
+def last_row(engine: Engine) -> Row:
+    """What was read of the last conversation."""
+    return max(engine._batch._rows._rows, key=lambda row: row.used)
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=40)
@@ -68,7 +76,7 @@ def test_an_answer_stops_at_its_end_token_and_at_its_length(model, tmp_path):
     _, chunks = answer(engine, messages)
     assert chunks[-1].finish_reason == "length" and chunks[-1].tokens == 24
     # The same model, but the fourth token of its answer is its end token.
-    ids = engine._cache._kept[-1].ids[chunks[-1].prompt_tokens :]
+    ids = last_row(engine).ids[chunks[-1].prompt_tokens :]
     folder = tmp_path / "stops"
     shutil.copytree(model.folder, folder)
     config = json.loads((folder / "genai_config.json").read_text())
@@ -109,10 +117,23 @@ def test_two_conversations_keep_their_caches(engine):
 
 def test_many_conversations_keep_memory_bounded(model):
     engine = Engine(model.folder, threads=1)
+    rows = engine._batch._rows
+    rows._decoder.token_room = engine.context_length
     for i in range(40):
         answer(engine, chat(f"Question {i}: " + "word " * i), max_tokens=2)
-        kept = engine._cache._kept
-        assert sum(generator.room for generator in kept) <= engine.context_length or len(kept) == 1
+        assert 0 < sum(len(row.ids) for row in rows._rows) <= engine.context_length
+        assert [len(row.ids) for row in rows._rows] == rows._decoder.lengths
+
+
+def test_a_shared_beginning_is_copied_and_both_conversations_stay(engine, model):
+    system = "You are a helpful assistant. " * 4
+    first, second = chat("What is the capital of France?", system=system), chat("Boil an egg.", system=system)
+    expected = answer(engine, first)[0]
+    fresh = answer(Engine(model.folder, threads=1), second)[0]
+    text, chunks = answer(engine, second)
+    assert text == fresh and chunks[-1].reused_tokens > 20
+    text, chunks = answer(engine, first)
+    assert text == expected and chunks[-1].reused_tokens == chunks[-1].prompt_tokens - 1
 
 
 def test_the_oldest_turns_are_dropped_and_counted(engine):
@@ -134,40 +155,64 @@ def test_a_last_turn_that_is_too_long_is_refused(engine):
     assert answer(engine, chat("egg " * 40), max_tokens=100_000)[1][-1].finish_reason in ("length", "stop")
 
 
-def test_a_cancelled_answer_ends_at_once_and_leaves_the_engine_free(engine):
+def test_a_cancelled_answer_ends_at_once_and_leaves_the_engine_free(engine, monkeypatch):
     cancel, seen = threading.Event(), []
     for chunk in engine.stream(chat("Count."), Sampling(temperature=2.0, seed=1, max_tokens=200), cancel):
         seen.append(chunk)
         cancel.set()
     assert seen[-1].finish_reason == "cancelled" and seen[-1].tokens <= seen[0].tokens + 1
     assert answer(engine, chat("Count."))[1][-1].finish_reason == "length"
-    # Also before it began, while another one has the engine.
-    other = engine.stream(chat("Count."), Sampling(max_tokens=200))
-    next(other)
-    waiting: list = []
-    cancel = threading.Event()
-    thread = threading.Thread(target=lambda: waiting.extend(engine.stream(chat("Hello"), cancel=cancel)))
-    thread.start()
-    cancel.set()
-    thread.join(timeout=10)
-    assert [chunk.finish_reason for chunk in waiting] == ["cancelled"]
-    other.close()  # a reader that goes away frees the engine
-    assert answer(engine, chat("Hello"))[1]
+    # Also before it began, while another one has all the room.
+    monkeypatch.setattr(engine._batch._rows._decoder, "token_room", 300)
+    go_on, step = threading.Event(), Rows.step
+    monkeypatch.setattr(Rows, "step", lambda *given: step(*given) if go_on.wait(10) else None)
+    values, cancel = Sampling(max_tokens=200), threading.Event()
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(list, engine.stream(chat("Count."), values))
+        while not engine._batch._writing:
+            time.sleep(0.01)
+        waiting = threads.submit(list, engine.stream(chat("Hello"), values, cancel))
+        cancel.set()
+        go_on.set()
+        assert [chunk.finish_reason for chunk in waiting.result()] == ["cancelled"]
+        assert other.result()[-1].tokens == 200
+    left = engine.stream(chat("Count."), values)
+    next(left)
+    left.close()  # a reader that goes away frees the room
+    assert answer(engine, chat("Hello"), max_tokens=200)[1]
 
 
-def test_threads_wait_for_each_other(engine):
-    expected = {i: answer(engine, chat(f"Question {i}"))[0] for i in range(6)}
-    found: dict = {}
+def test_an_answer_is_the_same_beside_others(engine):
+    """Also to the last bit of its log probabilities, when others come, end and go away."""
+    values = {"temperature": 1.0, "logprobs": 0, "max_tokens": 40}
 
-    def ask(i: int) -> None:
-        found[i] = answer(engine, chat(f"Question {i}"))[0]
+    def ask(i: int) -> tuple[str, list[float]]:
+        text, chunks = answer(
+            engine, chat(f"Question {i}" + " egg" * i), **{**values, "seed": i, "max_tokens": 10 + 2 * i}
+        )
+        return text, [each.logprob for chunk in chunks for each in chunk.logprobs]
 
-    threads = [threading.Thread(target=ask, args=[i]) for i in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert found == expected
+    numbers = range(40)  # more than there are rows
+    alone = [ask(i) for i in numbers]
+    for row in engine._batch._rows._rows:  # what was read in other steps has other last bits
+        engine._batch._rows._forget(row)
+    with ThreadPoolExecutor(len(numbers)) as threads:
+        leaving = [engine.stream(chat(f"Leave {i}"), Sampling()) for i in range(3)]
+        for stream in leaving:
+            next(stream)
+        together = threads.map(ask, numbers)
+        for stream in leaving:
+            stream.close()
+        assert list(together) == alone
+
+
+def test_a_failing_step_ends_all_answers_and_the_engine_goes_on(engine, monkeypatch):
+    expected = answer(engine, chat("Hello"))[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            answer(engine, chat("Hello"))
+    assert answer(engine, chat("Hello"))[0] == expected
 
 
 def test_a_seed_repeats_an_answer(engine):
@@ -192,17 +237,16 @@ def test_a_damaged_model_is_one_line(name, tiny_models, tmp_path):
 
 
 def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine, monkeypatch):
-    monkeypatch.setattr(engine._cache, "_step", 16)
-    monkeypatch.setattr(engine._cache, "_kept", [])
-    cancel, steps, read = threading.Event(), [], prompt_cache.KeptGenerator.read
+    monkeypatch.setattr(engine._batch, "_step", 16)
+    cancel, steps, read = threading.Event(), [], Rows.read
 
-    def read_and_cancel(self, ids):
+    def read_and_cancel(self, row, ids):
         steps.append(len(ids))
         if len(steps) == 2:
             cancel.set()
-        read(self, ids)
+        return read(self, row, ids)
 
-    monkeypatch.setattr(prompt_cache.KeptGenerator, "read", read_and_cancel)
-    chunks = list(engine.stream(chat("egg " * 150), Sampling(), cancel))
+    monkeypatch.setattr(Rows, "read", read_and_cancel)
+    chunks = list(engine.stream(chat("egg " * 150, system=None), Sampling(), cancel))
     assert chunks[-1].finish_reason == "cancelled" and chunks[-1].tokens == 0
     assert steps == [16, 16]

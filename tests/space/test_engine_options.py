@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chatapp.engine import CannotConstrain, Engine, Sampling, generators
+from chatapp.engine import CannotConstrain, Engine, Sampling
+from chatapp.engine.json_constraint import JsonConstraint
 from tests.support.chats import answer, chat
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ def test_logprobs_are_those_of_transformers(engine, model, request):
         best = expected.topk(3)
         assert each.logprob == pytest.approx(best.values[0].item(), abs=0.01)
         assert [top.logprob for top in each.top] == pytest.approx(best.values.tolist(), abs=0.01)
-        assert each.token == each.top[0].token == engine._bytes.of(int(best.indices[0]))
+        assert each.token == each.top[0].token == engine._batch._bytes.of(int(best.indices[0]))
         ids = [*ids, int(best.indices[0])]
     assert len(found) == 8
     assert not any(chunk.logprobs for chunk in answer(engine, messages)[1])
@@ -45,41 +46,39 @@ def test_a_frequency_penalty_ends_repetition(engine):
 def test_a_json_object_is_one_at_every_temperature(engine, model, monkeypatch):
     # Untrained models hardly ever close a string: make what closes one likely.
     closing = [model.tokenizer.convert_tokens_to_ids(text) for text in ('"', "}")]
-    choose = generators.JsonGenerator.choose
+    choose = JsonConstraint.choose
 
-    def closes(self, logits, sampling, random):
-        logits = logits.copy()
-        logits[closing] = logits.max() + 1
-        return choose(self, logits, sampling, random)
+    def closes(self, scored):
+        scored = scored.copy()
+        scored[closing] = scored.max() + 1
+        return choose(self, scored)
 
-    monkeypatch.setattr(generators.JsonGenerator, "choose", closes)
+    monkeypatch.setattr(JsonConstraint, "choose", closes)
     complete = 0
     for seed, temperature in enumerate((0, 0.5, 1, 2, 5, 5)):
         values = {"json_object": True, "temperature": temperature, "seed": seed, "max_tokens": 150}
         text, chunks = answer(engine, chat("Give JSON."), **values)
-        assert text.startswith("{") and chunks[-1].reused_tokens == 0
+        assert text.startswith("{")
         if chunks[-1].finish_reason == "stop":  # otherwise cut
             assert isinstance(json.loads(text), dict)
             complete += 1
         assert answer(engine, chat("Give JSON."), **values)[0] == text
     assert complete >= 2
-    # The engine answers as before, and keeps no generator of JSON.
-    assert not answer(engine, chat("Give JSON."))[0].startswith("{")
-    assert all(kept.reusable for kept in engine._cache._kept)
+    assert not answer(engine, chat("Give JSON."))[0].startswith("{")  # the engine answers as before
 
 
 def test_white_space_in_json_is_bounded(engine, model, monkeypatch):
     """Otherwise a model that likes white space would write nothing else."""
     spaces = [model.tokenizer.convert_tokens_to_ids(text) for text in ("Ġ", "Ċ")]
     closing = model.tokenizer.convert_tokens_to_ids("}")
-    choose = generators.JsonGenerator.choose
+    choose = JsonConstraint.choose
 
-    def likes_space(self, logits, sampling, random):
-        logits = logits.copy()
-        logits[closing], logits[spaces] = logits.max() + 1, logits.max() + 2
-        return choose(self, logits, sampling, random)
+    def likes_space(self, scored):
+        scored = scored.copy()
+        scored[closing], scored[spaces] = scored.max() + 1, scored.max() + 2
+        return choose(self, scored)
 
-    monkeypatch.setattr(generators.JsonGenerator, "choose", likes_space)
+    monkeypatch.setattr(JsonConstraint, "choose", likes_space)
     text, chunks = answer(engine, chat("Give JSON."), json_object=True, max_tokens=60)
     assert json.loads(text) == {} and chunks[-1].finish_reason == "stop" and len(text) == 18
 
@@ -87,7 +86,7 @@ def test_white_space_in_json_is_bounded(engine, model, monkeypatch):
 def test_a_model_that_cannot_be_constrained_says_so(model, tmp_path):
     folder = shutil.copytree(model.folder, tmp_path / "model")
     engine = Engine(folder, threads=1)
-    (folder / "tokenizer.json").write_text("{}")  # onnxruntime-genai reads it only now
+    (folder / "tokenizer.json").write_text("{}")  # llguidance reads it only now
     with pytest.raises(CannotConstrain, match="this model's answers cannot be constrained to JSON") as raised:
         answer(engine, chat("Give JSON."), json_object=True)
     assert "\n" not in str(raised.value)

@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from chatapp.engine import Sampling
+from chatapp.engine.batch import tokens_in_step
 from chatapp.engine.conversation import check_messages, split_turns
 from chatapp.engine.decoder import usable_cpus
 from chatapp.engine.prompt import PromptBuilder
-from chatapp.engine.prompt_cache import tokens_in_step
 from chatapp.engine.sampling import choose, scores
 from chatapp.engine.text_stream import TextStream
 from tests.support.chats import chat

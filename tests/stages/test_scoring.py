@@ -1,6 +1,7 @@
 """Masks, losses and greedy answers: what several stages compute, each against a calculation by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -57,6 +58,24 @@ def test_score_is_the_loss_of_each_conversation_alone(tiny_llama):
         assert nll / count == pytest.approx(output.loss.item(), abs=1e-5)
         best = output.logits[0, :-1].argmax(dim=-1)
         assert correct == (best == labels[0, 1:]).sum()
+
+
+def test_a_large_vocabulary_costs_no_digits():
+    """float32 sums over 50,000 tokens lose digits where they run along a stride."""
+    tokens, vocabulary = 40, 50_000
+    logits = torch.randn(2, tokens, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
+    ids = torch.arange(2 * tokens).reshape(2, tokens)
+
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, logits_to_keep: torch.Tensor, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(logits=logits[:, logits_to_keep])
+
+    masks = [[0] + [1] * (tokens - 1)] * 2
+    rows = pd.DataFrame({"input_ids": ids.tolist(), "assistant_masks": masks, "length": [tokens] * 2})
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), ids[:, 1:].flatten())
+    assert loss_of(score(Model(), rows, 2, 0)) == pytest.approx(expected.item(), rel=2e-7)
 
 
 def test_scoring_leaves_the_model_as_it_was_and_refuses_an_infinite_loss(tiny_llama):

@@ -5,9 +5,10 @@ for chunk in engine.stream([{"role": "user", "content": "Hello!"}]):
     print(chunk.text, end="", flush=True)
 """
 
+from chatapp.engine.decoder import MAX_ROWS
 from chatapp.engine.engine import Chunk, Engine, load_engines
-from chatapp.engine.generators import CannotConstrain
+from chatapp.engine.json_constraint import CannotConstrain
 from chatapp.engine.sampling import Sampling
 from chatapp.engine.token_logprobs import TokenLogprob
 
-__all__ = ["CannotConstrain", "Chunk", "Engine", "Sampling", "TokenLogprob", "load_engines"]
+__all__ = ["MAX_ROWS", "CannotConstrain", "Chunk", "Engine", "Sampling", "TokenLogprob", "load_engines"]

@@ -53,6 +53,7 @@ class Decoder:
         options.enable_cpu_mem_arena = False  # it would keep what the longest prompt needed
         self._session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
         self._logits = next(output for output in self._session.get_outputs() if output.name == "logits")
+        self.vocabulary = int(self._logits.shape[-1])
         self._takes_positions = "position_ids" in {each.name for each in self._session.get_inputs()}
         head = int(config["decoder"]["head_size"])
         self._caches = {
@@ -110,7 +111,7 @@ class Decoder:
         return logits
 
     def _run_in_place(self, rows: slice, reads: dict[str, np.ndarray]) -> np.ndarray:
-        logits = np.empty((*reads["input_ids"].shape, self._logits.shape[-1]), dtype=DTYPES[self._logits.type])
+        logits = np.empty((*reads["input_ids"].shape, self.vocabulary), dtype=DTYPES[self._logits.type])
         binding = self._session.io_binding()
         for name, array in reads.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -4,20 +4,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
+from chatapp.engine.batch import Batch, Begun, End, FinishReason, Request, Token, Worker, tokens_in_step
 from chatapp.engine.conversation import Message
 from chatapp.engine.exported_model import load_exported
-from chatapp.engine.generators import KeptGenerator
-from chatapp.engine.prompt_cache import PromptCache, tokens_in_step
+from chatapp.engine.json_constraint import JsonGrammar
 from chatapp.engine.sampling import Sampling
 from chatapp.engine.text_stream import TextStream
-from chatapp.engine.token_logprobs import TokenBytes, TokenLogprob, token_logprob
+from chatapp.engine.token_logprobs import TokenBytes, TokenLogprob
 
 MODELS = ("tuned", "base")  # the chat uses the first one that exists
-FinishReason = Literal["stop", "length", "cancelled"]
 # The prompt is cut so that max_tokens are left for the answer, but at most this share of the context.
 MAX_ANSWER_SHARE = 1 / 4
 
@@ -43,25 +40,26 @@ class _Prompt:
 
 
 class Engine:
-    """One exported model. Threads may share it: it gives one answer at a time, and the other threads wait.
+    """One exported model. Threads may share it: their answers are written at the same time.
 
-    `folder` holds what the export stage wrote; `threads` is the number of CPUs to compute on (None: all usable ones).
+    `folder` holds what the export stage wrote; `threads` is the number of CPUs to compute on (None: all usable ones);
+    models with the same `worker` take turns. An answer is the same whatever other answers are written beside it.
     Raises FileNotFoundError when a file of the model is missing, ValueError when one is damaged.
     """
 
     card: dict[str, Any]
     context_length: int
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, worker: Worker | None = None) -> None:
         model = load_exported(Path(folder), threads)
         self.card = model.card
         self.context_length = model.context_length
         self._prompt = model.prompt
-        self._end_ids = model.end_ids
         self._repetition_penalty = model.repetition_penalty
-        self._cache = PromptCache(model.session, model.context_length, tokens_in_step(model.size))
-        self._bytes = TokenBytes(model.prompt.tokenizer)
-        self._lock = threading.Lock()
+        self._grammar = JsonGrammar(Path(folder), model.decoder.vocabulary, model.end_ids)
+        token_bytes = TokenBytes(model.prompt.tokenizer)
+        self._batch = Batch(model.decoder, tokens_in_step(model.size), model.end_ids, token_bytes)
+        self._worker = worker or Worker()
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """The ids of a complete conversation up to where the answer begins, as in training."""
@@ -72,10 +70,9 @@ class Engine:
     ) -> Iterator[Chunk]:
         """The answer to `messages` (each with a role and a content; the last one is the user's), piece by piece.
 
-        A conversation longer than the context loses its oldest turns. Another thread may set `cancel`: the answer then
-        ends at the next token, or before its first one. The engine is free again after the last chunk, or when the
-        iterator is closed. Raises ValueError, before the first chunk, when `messages` is no conversation or its last
-        turn is too long.
+        A conversation longer than the context loses its oldest turns. The answer ends at the next token, or before its
+        first one, when another thread sets `cancel` or the iterator is closed. Raises ValueError, before the first
+        chunk, when `messages` is no conversation or its last turn is too long.
         """
         sampling = sampling or Sampling()
         ids, dropped = self._prompt.fit(messages, self.context_length, self._room(sampling))
@@ -104,66 +101,40 @@ class Engine:
         return min(sampling.max_tokens, max(1, int(self.context_length * MAX_ANSWER_SHARE)))
 
     def _answer(self, prompt: _Prompt, sampling: Sampling, cancel: threading.Event) -> Iterator[Chunk]:
-        count = len(prompt.ids)
+        request = self._ask(prompt, sampling, cancel)
+        chunk = Chunk("", 0, None, prompt.dropped_turns, len(prompt.ids))
+        text = TextStream(self._prompt.tokenizer, None if prompt.is_chat else prompt.ids[-1])
+        logprobs: list[TokenLogprob] = []  # of tokens whose text is not given yet
+        try:
+            while chunk.finish_reason is None:
+                event = request.events.get()
+                match End("cancelled") if cancel.is_set() else event:
+                    case Begun(reused):
+                        chunk = replace(chunk, reused_tokens=reused)
+                        continue
+                    case Token(token, logprob):
+                        logprobs += [logprob] if logprob else []
+                        chunk = replace(chunk, text=text.add(token), tokens=chunk.tokens + 1)
+                    case End(reason):
+                        chunk = replace(chunk, text=text.finish(), finish_reason=reason)
+                    case error:
+                        raise error
+                if chunk.text or chunk.finish_reason:
+                    yield replace(chunk, logprobs=tuple(logprobs))
+                    logprobs.clear()
+        finally:
+            request.left = True
+
+    def _ask(self, prompt: _Prompt, sampling: Sampling, cancel: threading.Event) -> Request:
         if sampling.repetition_penalty is None:  # JSON repeats its marks by rule
             own = 1 if sampling.json_object else self._repetition_penalty
             sampling = replace(sampling, repetition_penalty=own)
-        blank = Chunk("", 0, None, prompt.dropped_turns, count)
-        while not self._lock.acquire(timeout=0.05):
-            if cancel.is_set():
-                yield replace(blank, finish_reason="cancelled")
-                return
-        try:
-            max_tokens = min(sampling.max_tokens, self.context_length - count)
-            generator, reused = self._cache.prepare(prompt.ids, max_tokens, cancel, sampling.json_object)
-            blank = replace(blank, reused_tokens=reused)
-            if generator is None:
-                yield replace(blank, finish_reason="cancelled")
-                return
-            text = TextStream(self._prompt.tokenizer, None if prompt.is_chat else prompt.ids[-1])
-            try:
-                for piece in self._generate(generator, text, max_tokens, sampling, cancel):
-                    yield replace(blank, **piece)
-            except Exception:
-                generator = None  # nobody knows what it has read
-                raise
-            finally:
-                if generator is not None:
-                    self._cache.keep(generator)
-        finally:
-            self._lock.release()
-
-    def _generate(
-        self,
-        generator: KeptGenerator,
-        text: TextStream,
-        max_tokens: int,
-        sampling: Sampling,
-        cancel: threading.Event,
-    ) -> Iterator[dict[str, Any]]:
-        """What is new in a chunk, for each token that completes a character, and for the end."""
-        random = np.random.default_rng(sampling.seed)
-        finish: FinishReason | None = None
-        logprobs: list[TokenLogprob] = []  # of tokens whose text is not given yet
-        for tokens in range(max_tokens + 1):
-            if cancel.is_set():
-                finish = "cancelled"
-            elif tokens == max_tokens:
-                finish = "length"
-            else:
-                logits = generator.logits()
-                token = generator.choose(logits, sampling, random)
-                finish = "stop" if token in self._end_ids else None
-                if sampling.logprobs is not None and not finish:
-                    logprobs.append(token_logprob(logits, token, sampling.logprobs, self._bytes))
-            piece = text.finish() if finish else text.add(token)
-            if piece or finish:
-                new = {"text": piece, "tokens": tokens + (not finish), "finish_reason": finish}
-                yield {**new, "logprobs": tuple(logprobs)}
-                logprobs.clear()
-            if finish:
-                return
-            generator.read([token])
+        max_tokens = min(sampling.max_tokens, self.context_length - len(prompt.ids))
+        constraint = self._grammar.begin() if sampling.json_object else None
+        request = Request(prompt.ids, max_tokens, sampling, constraint, cancel)
+        self._batch.add(request)
+        self._worker.start(self._batch)
+        return request
 
 
 def load_engines(folder: Path) -> dict[str, Engine]:
@@ -174,4 +145,5 @@ def load_engines(folder: Path) -> dict[str, Engine]:
     found = [name for name in MODELS if (folder / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"{folder} holds no exported model ({' or '.join(MODELS)})")
-    return {name: Engine(folder / name) for name in found}
+    worker = Worker()
+    return {name: Engine(folder / name, worker=worker) for name in found}

@@ -1,13 +1,11 @@
-"""Load an exported model: the files that the export stage wrote, in a session of onnxruntime-genai."""
+"""Load an exported model: the files that the export stage wrote."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime_genai as og
-
-from chatapp.engine.decoder import usable_cpus
+from chatapp.engine.decoder import Decoder
 from chatapp.engine.prompt import PromptBuilder
 
 FILES = (
@@ -26,7 +24,7 @@ MAX_CONTEXT = 4096
 class ExportedModel:
     card: dict[str, Any]  # what the export stage wrote about the model
     prompt: PromptBuilder
-    session: og.Model
+    decoder: Decoder
     context_length: int  # tokens that this app uses: the model's context, at most MAX_CONTEXT
     end_ids: frozenset[int]  # each of these tokens ends an answer
     size: int  # bytes of the weights
@@ -45,23 +43,16 @@ def load_exported(folder: Path, threads: int | None = None) -> ExportedModel:
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         ends = settings["eos_token_id"]
+        context_length = min(settings["context_length"], MAX_CONTEXT)
         return ExportedModel(
             card=card,
             prompt=PromptBuilder(folder),
-            session=_session(folder, threads or usable_cpus()),
-            context_length=min(settings["context_length"], MAX_CONTEXT),
+            decoder=Decoder(folder, threads, context_length),
+            context_length=context_length,
             end_ids=frozenset(ends if isinstance(ends, list) else [ends]),
             size=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
             repetition_penalty=float(card.get("export", {}).get("repetition_penalty", 1.0)),
         )
-    except Exception as error:  # onnxruntime-genai and tokenizers raise bare Exceptions
+    except Exception as error:  # onnxruntime and tokenizers raise bare Exceptions
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{folder} holds a damaged model ({reason})") from error
-
-
-def _session(folder: Path, threads: int) -> og.Model:
-    config = og.Config(str(folder))
-    # A memory arena would keep what the longest conversation needed.
-    options = {"intra_op_num_threads": threads, "enable_cpu_mem_arena": False}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    return og.Model(config)

@@ -1,8 +1,4 @@
-"""Choose the next token from a model's logits.
-
-onnxruntime-genai can sample, too, but it fixes temperature and seed when a generator is made. Here a generator is used
-for several answers (prompt_cache.py), each with its own sampling.
-"""
+"""Choose the next token from a model's logits."""
 
 import math
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
-"""The fair queue: the model computes one answer at a time, and all other requests wait here.
+"""The fair queue: the models write some answers at a time, and all other requests wait here.
 
 The queue serves clients round robin: first by address, then by session at that address, each in order of arrival.
 It has a fixed number of places. When it is full, a client with more waiting requests than the newcomer loses its newest
 place and gets "busy"; otherwise the newcomer gets "busy". A client that disconnects leaves the queue, or frees the
 model at its next token.
 
-Only one event loop may call the methods. The work itself runs in a thread.
+Only one event loop may call the methods. The work itself runs in threads.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ class Job(Generic[T]):
 
     @property
     def ahead(self) -> int:
-        """How many jobs come before this one now; the running job counts."""
+        """How many jobs come before this one now; the running jobs count."""
         return self._queue.ahead_of(self)
 
     def leave(self) -> None:
@@ -107,14 +107,15 @@ class Job(Generic[T]):
 
 
 class FairQueue:
-    """At most `places` jobs wait, each for at most `patience` seconds."""
+    """At most `at_once` jobs run. At most `places` more wait, each for at most `patience` seconds."""
 
-    def __init__(self, places: int = 64, patience: float = 60) -> None:
+    def __init__(self, places: int = 64, patience: float = 60, at_once: int = 1) -> None:
         self.places = places
         self.patience = patience
+        self.at_once = at_once
         self._waiting: list[Job] = []
-        self._running: Job | None = None
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._running: set[Job] = set()
+        self._workers = ThreadPoolExecutor(at_once, thread_name_prefix="answer")
         self._joined = 0
         # The turn at which each address and each client was last served; only of those that have a job now.
         self._served: dict[str | Client, int] = {}
@@ -127,11 +128,11 @@ class FairQueue:
 
     @property
     def running(self) -> int:
-        return int(self._running is not None)
+        return len(self._running)
 
     def join(self, client: Client, work: Work[T]) -> Job[T]:
         """Take a place in the queue. `work` gets an event; when it is set, the work must end. Raises Busy."""
-        if self._running is not None and len(self._waiting) >= self.places:
+        if len(self._running) == self.at_once and len(self._waiting) >= self.places:
             greedy = self._greedier_than(client)
             if greedy is None:
                 raise Busy(self.retry_after())
@@ -162,13 +163,15 @@ class FairQueue:
         """Refuse all waiting jobs and stop the work, because the server ends."""
         for job in list(self._waiting):
             self._refuse(job)
-        if self._running is not None:
-            self._running.cancel.set()
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        for job in self._running:
+            job.cancel.set()
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def retry_after(self) -> int:
         """An estimate of the seconds until all jobs of now are served."""
-        return min(MAX_RETRY_AFTER, max(1, math.ceil(self._seconds * (len(self._waiting) + self.running))))
+        return min(
+            MAX_RETRY_AFTER, max(1, math.ceil(self._seconds * (len(self._waiting) + self.running) / self.at_once))
+        )
 
     def _order(self, job: Job) -> tuple[int, int, int]:
         return self._served[job.client.address], self._served[job.client], job.number
@@ -199,18 +202,18 @@ class FairQueue:
             job.deadline.cancel()
 
     def _begin_next(self) -> None:
-        if self._running is not None or not self._waiting:
+        if len(self._running) == self.at_once or not self._waiting:
             return
         job = min(self._waiting, key=self._order)
         self._take_out(job)
-        self._running = job
+        self._running.add(job)
         self._turns += 1
         self._served[job.client.address] = self._served[job.client] = self._turns
         job.turn.set_result(None)
         loop = asyncio.get_running_loop()
         began = time.monotonic()
-        done = loop.run_in_executor(self._worker, self._work_through, job, loop)
-        done.add_done_callback(lambda _: self._finished(time.monotonic() - began))
+        done = loop.run_in_executor(self._workers, self._work_through, job, loop)
+        done.add_done_callback(lambda _: self._finished(job, time.monotonic() - began))
 
     def _work_through(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         def emit(item: object) -> None:
@@ -223,13 +226,13 @@ class FairQueue:
         except Exception as error:
             emit(_End(error))
 
-    def _finished(self, seconds: float) -> None:
-        self._running = None
+    def _finished(self, job: Job, seconds: float) -> None:
+        self._running.remove(job)
         self._seconds += 0.2 * (seconds - self._seconds)
         self._forget_absent()
         self._begin_next()
 
     def _forget_absent(self) -> None:
-        present = [*self._waiting, *([self._running] if self._running else [])]
+        present = [*self._waiting, *self._running]
         keys = {key for job in present for key in (job.client.address, job.client)}
         self._served = {key: turn for key, turn in self._served.items() if key in keys}
