@@ -66,7 +66,7 @@ ANSWERS = 8
 ANSWER_TOKENS = 32
 BATCH = 8
 # Every so many conversations, one of those that calibrate also measures what rounding costs, by a backward pass.
-MEASURED = 12
+MEASURED = 6
 SEED = 0
 
 

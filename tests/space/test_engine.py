@@ -175,7 +175,7 @@ def test_a_cancelled_answer_ends_at_once_and_leaves_the_engine_free(engine, monk
         cancel.set()
         go_on.set()
         assert [chunk.finish_reason for chunk in waiting.result()] == ["cancelled"]
-        assert other.result()[-1].tokens == 200
+        assert other.result()[-1].finish_reason in ("stop", "length")
     left = engine.stream(chat("Count."), values)
     next(left)
     left.close()  # a reader that goes away frees the room

@@ -110,9 +110,10 @@ def _penalised(logits: np.ndarray, seen: Ids, prompt: int, sampling: Sampling) -
 
 def _kept(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The ids that top-k and top-p keep, most likely first, and their probabilities."""
-    kept = np.arange(len(logits))
     if 0 < sampling.top_k < len(logits):
         kept = np.argpartition(logits, -sampling.top_k)[-sampling.top_k :]
+    else:
+        kept = np.arange(len(logits))
     kept = kept[np.lexsort((kept, -logits[kept]))]  # most likely first; the id breaks ties
     scaled = (logits[kept] - logits[kept[0]]).astype(np.float64) / sampling.temperature
     probabilities = np.exp(scaled)
