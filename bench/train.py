@@ -16,8 +16,6 @@ Run: `python -m bench.train` (20 minutes; needs `dvc repro tokenize fetch_model`
 
 import argparse
 import json
-import os
-import platform
 import re
 import resource
 import statistics
@@ -38,9 +36,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from bench.chat_server import ROOT
 from bench.floor import floor_rates, operations
+from bench.machine import processor, publish
 from bench.turns import Side, seconds, wait_for_turn
 from stages.common.adapters import add_adapter
-from stages.common.artifacts import read_parquet, write_json, write_text
+from stages.common.artifacts import read_parquet, write_json
 from stages.common.halves import choosing
 from stages.common.masks import supervised_tokens
 from stages.common.memory import GIB
@@ -52,8 +51,7 @@ from stages.common.scoring import loss_of, score
 from stages.common.trainer import build_trainer, to_dataset
 
 BASE, TOKENIZED = ROOT / "models/base", ROOT / "data/tokenized"
-RESULTS, PAGE = ROOT / "bench/results/train.json", ROOT / "docs/measurements.md"
-BEGIN, END = "<!-- made by python -m bench.train -->\n", "<!-- end -->\n"
+RESULTS = ROOT / "bench/results/train.json"
 CONVERSATIONS, PACK = 16, 1024
 DROPOUT = 0.05  # of the reference recipe
 SIDES = ("literal", "packed", "project", "bare", "floor")
@@ -220,13 +218,6 @@ def has_bfloat16() -> bool:
     return flags.is_file() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags.read_text()))
 
 
-def processor() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    name = re.search(r"model name\s*: (.*)", text)
-    widest = next((flag for flag in ("amx_tile", "avx512f", "avx2") if re.search(rf"\b{flag}\b", text)), "")
-    return f"{os.cpu_count()} cores of {name[1] if name else platform.machine()} ({widest or 'no vector flags'})"
-
-
 def table(results: dict[str, Any]) -> str:
     """The table of docs/measurements.md."""
     sides, tokens = results["sides"], results["tokens"]
@@ -271,10 +262,7 @@ def main() -> None:
         "sides": run(names, options.repeats),
     }
     write_json(RESULTS, results)
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    write_text(PAGE, f"{before}{BEGIN}{table(results)}{END}{after}")
-    print(table(results))
+    publish("bench.train", table(results))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = dict(re.findall(r"^([a-z-]+):.*## (.*)$", MAKEFILE, re.MULTILINE))
 VARIABLES = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE))
 # Programs that are not the project's: only that they are named is checked.
-OTHER_PROGRAMS = {"cd", "curl", "git", "hf", "source", "/usr/bin/time", ".venv/bin/pip", ".venv/bin/python", "python3"}
+OTHER_PROGRAMS = {"cd", "cmake", "curl", "git", "hf", "source", "tar", "/usr/bin/time", "python3"}
+OTHER_PROGRAMS |= {".venv/bin/pip", ".venv/bin/python"}
 OTHER_MODULES = {"venv", "timeit", "pip"}
 
 

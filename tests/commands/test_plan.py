@@ -193,8 +193,8 @@ def test_steps_tokens_and_time_are_said_from_a_measured_batch(in_the_project, mo
     said = capsys.readouterr().out
     assert "80 steps, 320 conversations, at most 102,400 tokens" in said
     assert "3.2 passes over data/tokenized: 100 conversations, 200 tokens at most, 150 in a batch on average" in said
-    # 80 batches of 6 s; five evaluations of ten batches each, of which each is a third of a step's work.
-    assert "about 8 minutes of training steps, about 2 minutes of 5 evaluations, at the 6.0 s measured" in said
+    # 80 batches of 6 s; three evaluations of ten batches each, of which each is a third of a step's work.
+    assert "about 8 minutes of training steps, about 1 minutes of 3 evaluations, at the 6.0 s measured" in said
 
 
 def test_what_does_not_fit_is_red_on_a_terminal(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from bench.chat_server import chat_server
-from chatapp.engine import Engine
+from chatapp.engine import MAX_ROWS, Engine
 from chatapp.server.fair_queue import FairQueue
 from tests.support.chat_page import executable
 from tests.support.exported_models import exported, tuned_and_base
@@ -50,7 +50,7 @@ def engines(tiny_models) -> dict[str, Engine]:
 @pytest.fixture(scope="session")
 def address(engines) -> Iterator[str]:
     """The app in this process; gives its address."""
-    with served(engines, FairQueue()) as address:
+    with served(engines, FairQueue(at_once=MAX_ROWS)) as address:
         yield address
 
 
