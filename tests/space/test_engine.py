@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from chatapp.engine import Engine, Sampling
+from chatapp.engine import Engine, Sampling, batch
 from chatapp.engine.rows import Row, Rows
 from stages.common.artifacts import write_json
 from tests.support.chats import answer, chat
@@ -204,6 +204,23 @@ def test_an_answer_is_the_same_beside_others(engine):
         for stream in leaving:
             stream.close()
         assert list(together) == alone
+
+
+def test_an_answer_that_fails_fails_alone(engine, monkeypatch):
+    expected, chosen = answer(engine, chat("Hello"), seed=5)[0], batch.choose
+
+    def breaks(logits, seen, sampling, random):
+        if sampling.seed == 7 and len(seen) == 3:
+            raise RuntimeError("broken")
+        return chosen(logits, seen, sampling, random)
+
+    monkeypatch.setattr(batch, "choose", breaks)
+    with ThreadPoolExecutor() as threads:
+        answers = {seed: threads.submit(answer, engine, chat("Hello"), seed=seed) for seed in (5, 7, 8)}
+        with pytest.raises(RuntimeError, match="broken"):
+            answers[7].result()
+        assert answers[5].result()[0] == answers[8].result()[0] == expected
+    assert not any(row.reserved for row in engine._batch._rows._rows)
 
 
 def test_a_failing_step_ends_all_answers_and_the_engine_goes_on(engine, monkeypatch):

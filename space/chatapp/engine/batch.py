@@ -128,7 +128,7 @@ class Batch:
             self._rows.free(answer.row)
             answer.request.events.put(End("cancelled"))
         for answer in [answer for answer in self._writing if _unwanted(answer.request)]:
-            self._end(answer, "cancelled")
+            self._end(answer, End("cancelled"))
 
     def _admit(self) -> None:
         while self._waiting:
@@ -160,28 +160,33 @@ class Batch:
     def _choose(self, answers: Sequence[_Answer], logits: np.ndarray) -> None:
         """Choose the next token of each answer by its row of `logits`."""
         for answer, each in zip(answers, logits, strict=True):
-            request, token = answer.request, answer.choose(each)
-            if token in self._end_ids:
-                self._end(answer, "stop")
-                continue
-            top = request.sampling.logprobs
-            logprob = None if top is None else token_logprob(each, token, top, self._bytes)
-            request.events.put(Token(token, logprob))
-            if len(answer.ids) == request.max_tokens:
-                self._end(answer, "length")
+            try:
+                self._tell(answer, each)
+            except Exception as error:  # of this answer alone
+                self._end(answer, error)
 
-    def _end(self, answer: _Answer, reason: FinishReason) -> None:
+    def _tell(self, answer: _Answer, logits: np.ndarray) -> None:
+        request, token = answer.request, answer.choose(logits)
+        if token in self._end_ids:
+            self._end(answer, End("stop"))
+            return
+        top = request.sampling.logprobs
+        request.events.put(Token(token, None if top is None else token_logprob(logits, token, top, self._bytes)))
+        if len(answer.ids) == request.max_tokens:
+            self._end(answer, End("length"))
+
+    def _end(self, answer: _Answer, event: Event) -> None:
         last = self._writing[-1]
         self._rows.place(last.row, answer.row.at)  # the rows of the others stay without a gap
         self._writing[self._writing.index(answer)] = last
         self._writing.pop()
         self._rows.free(answer.row)
-        answer.request.events.put(End(reason))
+        answer.request.events.put(event)
 
     def _fail(self, error: Exception) -> None:
-        requests = [answer.request for answer in [*self._reading, *self._writing]]
-        self._reading.clear()
-        self._writing.clear()
+        requests = [*self._waiting, *(answer.request for answer in [*self._reading, *self._writing])]
+        for answers in (self._waiting, self._reading, self._writing):
+            answers.clear()
         self._rows.clear()
         for request in requests:
             request.events.put(error)
@@ -205,7 +210,7 @@ class Worker:
                 return
             self._batches.append(batch)
             if len(self._batches) == 1:
-                threading.Thread(target=self._work, name="model", daemon=True).start()
+                threading.Thread(target=self._work, name="model").start()
 
     def _work(self) -> None:
         while True:
