@@ -7,6 +7,7 @@ llama.cpp for this machine. Run: `python -m bench.cpu BUILD/bin` (15 minutes; ne
 
 import argparse
 import asyncio
+import json
 import random
 import socket
 import statistics
@@ -75,13 +76,18 @@ class Server:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
-                if '"content":' in line and '"content":""' not in line.replace(" ", ""):
+                if line.startswith("data: {") and said_in(json.loads(line.removeprefix("data: "))):
                     found.append(time.perf_counter() - began)
         return found
 
     def memory(self) -> float:
         """Bytes that it holds now."""
         return float(self.process.memory_info().rss)
+
+
+def said_in(event: dict[str, Any]) -> str:
+    """The text of a streamed event. llama.cpp's first one has none."""
+    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
 
 
 def said(text: str) -> Messages:

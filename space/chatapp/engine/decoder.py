@@ -81,11 +81,12 @@ class Decoder:
 
     def swap(self, one: int, other: int) -> None:
         """Exchange what two rows have read."""
-        longest = max(self.lengths[one], self.lengths[other])
+        first, second = self.lengths[one], self.lengths[other]
         for cache in self._caches.values():
-            kept = cache.rows[one, :, :longest].copy()
-            cache.rows[one, :, :longest] = cache.rows[other, :, :longest]
-            cache.rows[other, :, :longest] = kept
+            kept, moved = cache.rows[one, :, :first].copy(), cache.rows[other, :, :second].copy()
+            for row, content in ((one, moved), (other, kept)):
+                cache.clear(row)  # the longer one would leave its memory behind
+                cache.rows[row, :, : content.shape[1]] = content
         self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
     def clear(self, row: int) -> None:

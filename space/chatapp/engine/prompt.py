@@ -23,7 +23,7 @@ from chatapp.engine.conversation import (
 )
 
 # Turns are dropped in strides. The beginning of the prompt then stays the same over several answers, and the cache
-# (prompt_cache.py) can reuse it.
+# (rows.py) can reuse it.
 STRIDES_IN_CONTEXT = 4
 
 
