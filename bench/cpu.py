@@ -186,20 +186,16 @@ def summary(servers: Sequence[Server], bandwidth: float) -> dict[str, Any]:
     }
 
 
+# What a row of the table says: a key of a side, the unit in which it is shown, its format.
 ROWS = {
     "model, MB": ("bytes", 1e-6, ".0f"),
     "perplexity, judging half": ("perplexity", 1, ".2f"),
     "memory limit of one answer, tokens/s": ("limit", 1, ".0f"),
-    "one answer of 64 tokens, tokens/s": ("speed_64", 1, ".0f"),
-    "one answer of 512 tokens, tokens/s": ("speed_512", 1, ".0f"),
-    "first word after about 50 tokens, s": ("first_50", 1, ".2f"),
-    "first word after about 500 tokens, s": ("first_500", 1, ".2f"),
-    "first word after about 1,500 tokens, s": ("first_1500", 1, ".2f"),
+    **{f"one answer of at most {n} tokens, tokens/s": (f"speed_{n}", 1, ".0f") for n in LENGTHS},
+    **{f"first word after about {n:,} tokens, s": (f"first_{n}", 1, ".2f") for n in PROMPTS},
     "follow-up to 500 tokens, s": ("follow_up", 1, ".2f"),
-    "8 clients, tokens/s in all": ("speed_of_8", 1, ".0f"),
-    "8 clients, last first word, s": ("last_first_of_8", 1, ".2f"),
-    "32 clients, tokens/s in all": ("speed_of_32", 1, ".0f"),
-    "32 clients, last first word, s": ("last_first_of_32", 1, ".2f"),
+    **{f"{n} clients, tokens/s in all": (f"speed_of_{n}", 1, ".0f") for n in CLIENTS},
+    **{f"{n} clients, last first word, s": (f"last_first_of_{n}", 1, ".2f") for n in CLIENTS},
     "memory afterwards, MB": ("memory", 1e-6, ".0f"),
 }
 

@@ -9,24 +9,19 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from chatapp.engine.decoder import MAX_ROWS, Decoder
+from chatapp.engine.sampling import Sampling, choose
 
-
-def penalised(logits: np.ndarray, answer: list[int], penalty: float) -> np.ndarray:
-    """The logits with those of the tokens in `answer` lowered, as generation.greedy_answers lowers them."""
-    logits = logits.copy()
-    said = logits[..., answer]
-    logits[..., answer] = np.where(said > 0, said / penalty, said * penalty)
-    return logits
+GREEDY = np.random.default_rng()  # nothing is drawn from it
 
 
 @dataclass
 class Answer:
     prompt: list[int]
-    penalty: float
+    sampling: Sampling
     ids: list[int] = field(default_factory=list)
 
     def choose(self, logits: np.ndarray) -> None:
-        self.ids.append(int(penalised(logits, self.ids, self.penalty).argmax()))
+        self.ids.append(choose(logits, self.ids, self.sampling, GREEDY))
 
 
 class Exported:
@@ -58,17 +53,18 @@ class Exported:
         self, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[int], repetition_penalty: float = 1.0
     ) -> list[list[int]]:
         """As generation.greedy_answers: the token ids of the greedy answer to each prompt, with its end token."""
+        greedy = Sampling(temperature=0, repetition_penalty=repetition_penalty)
         longest = max(map(len, prompts)) + max_new_tokens
         at_once = max(1, min(MAX_ROWS, self._decoder.token_room // longest))
         answers: list[list[int]] = []
         with tqdm(total=len(prompts), desc="answering, exported", unit="answer") as progress:
             for start in range(0, len(prompts), at_once):
-                batch = [Answer(prompt, repetition_penalty) for prompt in prompts[start : start + at_once]]
+                batch = [Answer(prompt, greedy) for prompt in prompts[start : start + at_once]]
                 self._answer(batch, max_new_tokens, ends, progress)
                 answers += [answer.ids for answer in batch]
         return answers
 
-    def _answer(self, batch: list["Answer"], max_new_tokens: int, ends: Sequence[int], progress: tqdm) -> None:
+    def _answer(self, batch: list[Answer], max_new_tokens: int, ends: Sequence[int], progress: tqdm) -> None:
         for row, answer in enumerate(batch):
             self._decoder.clear(row)
             answer.choose(self._decoder.read(row, answer.prompt)[-1])

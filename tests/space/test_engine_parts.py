@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from chatapp.engine import Sampling
-from chatapp.engine.batch import tokens_in_step
+from chatapp.engine.batch import tokens_in_round, tokens_in_step
 from chatapp.engine.conversation import check_messages, split_turns
 from chatapp.engine.decoder import usable_cpus
 from chatapp.engine.prompt import PromptBuilder
@@ -164,4 +164,6 @@ def test_there_is_a_cpu_to_use():
 
 
 def test_a_large_model_reads_in_small_steps():
-    assert [tokens_in_step(size) for size in (0, 160_000_000, 1_000_000_000, 2_290_000_000)] == [32, 32, 32, 16]
+    sizes = (160_000_000, 1_000_000_000, 2_290_000_000)
+    assert [tokens_in_step(size) for size in sizes] == [32, 32, 16]
+    assert [tokens_in_round(size) for size in sizes] == [200, 32, 16]

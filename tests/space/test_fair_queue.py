@@ -203,3 +203,22 @@ def test_batches_hold_what_came_meanwhile():
         assert len(batches) < 100
 
     run(scenario())
+
+
+def test_several_run_at_once_and_the_next_begins_when_one_ends():
+    async def scenario():
+        queue, gates = FairQueue(places=1, at_once=2), {name: Gate() for name in "abc"}
+        jobs = {name: queue.join(Client(name), gate.work(name)) for name, gate in gates.items()}
+        assert (queue.running, queue.waiting, jobs["c"].ahead) == (2, 1, 2)
+        with pytest.raises(Busy):
+            queue.join(Client("d"), gates["a"].work("d"))
+        for name in "ab":
+            assert await anext(aiter(jobs[name])) == name  # both have begun
+        gates["b"].open.set()
+        assert await anext(aiter(jobs["c"])) == "c"
+        assert (queue.running, queue.waiting) == (2, 0)
+        queue.close()  # cancels what runs: the gates of a and c stay closed
+        while queue.running:
+            await asyncio.sleep(0.01)
+
+    run(scenario())

@@ -45,10 +45,11 @@ class Scripted:
         words = self._words[: sampling.max_tokens]
         for count, word in enumerate(words, start=1):
             if cancel.is_set():
-                yield Chunk("", count, "cancelled")
+                yield Chunk("", count, "cancelled", seconds=count / 50)
                 return
-            yield Chunk(word, count, None)
-        yield Chunk("", len(words), "stop" if len(words) == len(self._words) else "length")
+            yield Chunk(word, count, None, seconds=count / 50)
+        end = "stop" if len(words) == len(self._words) else "length"
+        yield Chunk("", len(words), end, seconds=len(words) / 50)
 
 
 class Held:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,20 +19,27 @@ FinishReason = Literal["stop", "length", "cancelled"]
 # Tokens of a prompt that are read in one step.
 MAX_STEP = 32
 MIN_STEP = 16
-# A step ends within a second, because an answer can be cancelled only between steps. Two cores read about 60 tokens a
-# second with a model of 1 GB.
+# The reading between two tokens of the answers ends within a second, because others wait, and an answer can be
+# cancelled only there. Two cores read about 60 tokens a second with a model of 1 GB.
 TOKENS_TIMES_BYTES = 32e9
-# Prompts that may read between two tokens of the answers: more would stop these for too long.
-PROMPTS_IN_A_ROUND = 8
+
+
+def tokens_in_round(model_bytes: int) -> int:
+    """How many tokens of prompts a model of this size reads between two tokens of the answers, at least one step."""
+    return int(max(MIN_STEP, TOKENS_TIMES_BYTES // max(1, model_bytes)))
 
 
 def tokens_in_step(model_bytes: int) -> int:
-    """How many tokens a model of this size reads in one step.
+    """How many tokens of a prompt a model of this size reads in one step.
 
     The model's size decides, not its speed: the same conversation is always read in the same steps, so that it gives
     the same bits on every machine.
     """
-    return int(min(MAX_STEP, max(MIN_STEP, TOKENS_TIMES_BYTES // max(1, model_bytes))))
+    return min(MAX_STEP, tokens_in_round(model_bytes))
+
+
+def _now() -> float:
+    return field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,13 @@ class Begun:
 class Token:
     id: int
     logprob: TokenLogprob | None
+    at: float = _now()
 
 
 @dataclass(frozen=True)
 class End:
     reason: FinishReason
+    at: float = _now()
 
 
 Event = Begun | Token | End | Exception
@@ -66,6 +76,7 @@ class Request:
     cancel: threading.Event
     events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     left: bool = False  # nobody waits any longer
+    at: float = _now()
 
 
 class _Answer:
@@ -90,9 +101,9 @@ class _Answer:
 class Batch:
     """The answers of one model. Any thread may add a request; one thread at a time calls `advance`."""
 
-    def __init__(self, decoder: Decoder, step: int, end_ids: frozenset[int], token_bytes: TokenBytes) -> None:
+    def __init__(self, decoder: Decoder, model_bytes: int, end_ids: frozenset[int], token_bytes: TokenBytes) -> None:
         self._rows = Rows(decoder)
-        self._step = step
+        self._step, self._round = tokens_in_step(model_bytes), tokens_in_round(model_bytes)
         self._end_ids = end_ids
         self._bytes = token_bytes
         self._added: queue.SimpleQueue[Request] = queue.SimpleQueue()
@@ -141,16 +152,27 @@ class Batch:
             request.events.put(Begun(len(row.ids)))
 
     def _read(self) -> None:
-        """A step of the first prompt, and of others that one step completes."""
-        for number, answer in enumerate(self._reading[:PROMPTS_IN_A_ROUND]):
+        """A step of the first prompt, and of others that one step completes, as far as a round allows."""
+        room = self._round
+        for number, answer in enumerate(list(self._reading)):
             left = answer.request.prompt[len(answer.row.ids) :]
-            if number == 0 or len(left) <= self._step:
-                logits = self._rows.read(answer.row, left[: self._step])
-                if len(left) <= self._step:
-                    self._reading.remove(answer)
-                    self._rows.place(answer.row, len(self._writing))
-                    self._writing.append(answer)
-                    self._choose([answer], logits[np.newaxis])
+            if number == 0 or len(left) <= min(self._step, room):
+                room -= min(len(left), self._step)
+                self._read_step(answer, left)
+
+    def _read_step(self, answer: _Answer, left: list[int]) -> None:
+        try:
+            logits = self._rows.read(answer.row, left[: self._step])
+        except Exception as error:  # of this prompt alone
+            self._reading.remove(answer)
+            self._rows.drop(answer.row)
+            answer.request.events.put(error)
+            return
+        if len(left) <= self._step:
+            self._reading.remove(answer)
+            self._rows.place(answer.row, len(self._writing))
+            self._writing.append(answer)
+            self._choose([answer], logits[np.newaxis])
 
     def _write(self) -> None:
         if self._writing:
@@ -160,20 +182,22 @@ class Batch:
     def _choose(self, answers: Sequence[_Answer], logits: np.ndarray) -> None:
         """Choose the next token of each answer by its row of `logits`."""
         for answer, each in zip(answers, logits, strict=True):
+            sampling = answer.request.sampling
             try:
-                self._tell(answer, each)
+                token = answer.choose(each)
+                logprob = None if sampling.logprobs is None else self._logprob(each, token, sampling.logprobs)
             except Exception as error:  # of this answer alone
                 self._end(answer, error)
+                continue
+            if token in self._end_ids:
+                self._end(answer, End("stop"))
+                continue
+            answer.request.events.put(Token(token, logprob))
+            if len(answer.ids) == answer.request.max_tokens:
+                self._end(answer, End("length"))
 
-    def _tell(self, answer: _Answer, logits: np.ndarray) -> None:
-        request, token = answer.request, answer.choose(logits)
-        if token in self._end_ids:
-            self._end(answer, End("stop"))
-            return
-        top = request.sampling.logprobs
-        request.events.put(Token(token, None if top is None else token_logprob(logits, token, top, self._bytes)))
-        if len(answer.ids) == request.max_tokens:
-            self._end(answer, End("length"))
+    def _logprob(self, logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+        return token_logprob(logits, token, top, self._bytes)
 
     def _end(self, answer: _Answer, event: Event) -> None:
         last = self._writing[-1]
@@ -184,12 +208,13 @@ class Batch:
         answer.request.events.put(event)
 
     def _fail(self, error: Exception) -> None:
+        """All answers end with this error, because nobody knows what a failed step has read."""
         requests = [*self._waiting, *(answer.request for answer in [*self._reading, *self._writing])]
+        for request in requests:
+            request.events.put(error)
         for answers in (self._waiting, self._reading, self._writing):
             answers.clear()
         self._rows.clear()
-        for request in requests:
-            request.events.put(error)
 
 
 def _unwanted(request: Request) -> bool:
@@ -206,18 +231,22 @@ class Worker:
     def start(self, batch: Batch) -> None:
         """Work on `batch`, to which a request was added, until it is no longer busy."""
         with self._lock:
-            if batch in self._batches:
-                return
-            self._batches.append(batch)
-            if len(self._batches) == 1:
+            if not self._batches:
                 threading.Thread(target=self._work, name="model").start()
+            if batch not in self._batches:
+                self._batches.append(batch)
 
     def _work(self) -> None:
-        while True:
+        try:
+            while batches := self._busy():
+                for batch in batches:
+                    batch.advance()
+        except BaseException:
             with self._lock:
-                self._batches = [batch for batch in self._batches if batch.busy]
-                batches = list(self._batches)
-            if not batches:
-                return
-            for batch in batches:
-                batch.advance()
+                self._batches.clear()  # the next request starts another thread
+            raise
+
+    def _busy(self) -> list[Batch]:
+        with self._lock:
+            self._batches = [batch for batch in self._batches if batch.busy]
+            return list(self._batches)

@@ -84,10 +84,16 @@ class Decoder:
         first, second = self.lengths[one], self.lengths[other]
         for cache in self._caches.values():
             kept, moved = cache.rows[one, :, :first].copy(), cache.rows[other, :, :second].copy()
-            for row, content in ((one, moved), (other, kept)):
-                cache.clear(row)  # the longer one would leave its memory behind
-                cache.rows[row, :, : content.shape[1]] = content
-        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+            cache.fill(one, moved)
+            cache.fill(other, kept)
+        self.lengths[one], self.lengths[other] = second, first
+
+    def cut(self, row: int, length: int) -> None:
+        """Let the row have read only the first `length` of its tokens."""
+        if length < self.lengths[row]:
+            for cache in self._caches.values():
+                cache.fill(row, cache.rows[row, :, :length].copy())
+        self.lengths[row] = length
 
     def clear(self, row: int) -> None:
         """Forget what the row has read, and give its memory back."""
@@ -148,6 +154,11 @@ class _Cache:
         self._pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
         self.rows = np.frombuffer(self._pages, dtype).reshape(shape)
         self.token_bytes = heads * head_size * dtype.itemsize
+
+    def fill(self, row: int, content: np.ndarray) -> None:
+        """Put `content` (heads, tokens, head size) into a row, and give back the memory that it does not need."""
+        self.clear(row)
+        self.rows[row, :, : content.shape[1]] = content
 
     def clear(self, row: int) -> None:
         size = self.rows[row].nbytes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chatapp.engine.batch import Batch, Begun, End, FinishReason, Request, Token, Worker, tokens_in_step
+from chatapp.engine.batch import Batch, Begun, End, FinishReason, Request, Token, Worker
 from chatapp.engine.conversation import Message
 from chatapp.engine.exported_model import load_exported
 from chatapp.engine.json_constraint import JsonGrammar
@@ -30,6 +30,7 @@ class Chunk:
     prompt_tokens: int = 0  # tokens of the prompt that the model read
     reused_tokens: int = 0  # prompt tokens that came from the cache
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens that completed the text, if they were asked for
+    seconds: float = 0.0  # from the request until its last token was made
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Engine:
         self._repetition_penalty = model.repetition_penalty
         self._grammar = JsonGrammar(Path(folder), model.decoder.vocabulary, model.end_ids)
         token_bytes = TokenBytes(model.prompt.tokenizer)
-        self._batch = Batch(model.decoder, tokens_in_step(model.size), model.end_ids, token_bytes)
+        self._batch = Batch(model.decoder, model.size, model.end_ids, token_bytes)
         self._worker = worker or Worker()
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
@@ -108,7 +109,8 @@ class Engine:
         try:
             while chunk.finish_reason is None:
                 event = request.events.get()
-                match End("cancelled") if cancel.is_set() else event:
+                event = End("cancelled") if cancel.is_set() else event
+                match event:
                     case Begun(reused):
                         chunk = replace(chunk, reused_tokens=reused)
                         continue
@@ -117,8 +119,9 @@ class Engine:
                         chunk = replace(chunk, text=text.add(token), tokens=chunk.tokens + 1)
                     case End(reason):
                         chunk = replace(chunk, text=text.finish(), finish_reason=reason)
-                    case error:
-                        raise error
+                    case error:  # no fault of the messages, whatever its type
+                        raise RuntimeError(f"the model failed: {error}") from error
+                chunk = replace(chunk, seconds=event.at - request.at)
                 if chunk.text or chunk.finish_reason:
                     yield replace(chunk, logprobs=tuple(logprobs))
                     logprobs.clear()

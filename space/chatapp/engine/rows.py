@@ -50,7 +50,7 @@ class Rows:
             self._copy(source, best, common)
         self._make_room(reserved + needed, best)
         del best.ids[common:]
-        self._decoder.lengths[best.at] = common
+        self._decoder.cut(best.at, common)
         best.prompt, best.reserved, best.used = len(ids), needed, next(self._count)
         return best
 
@@ -79,11 +79,15 @@ class Rows:
         """The row's answer has ended."""
         row.reserved = 0
 
+    def drop(self, row: Row) -> None:
+        """The row's answer has failed: forget what it has read."""
+        self._forget(row)
+        row.reserved = 0
+
     def clear(self) -> None:
-        """Forget all, because nobody knows what a failed step has read."""
+        """Forget all."""
         for row in self._rows:
-            self._forget(row)
-            row.reserved = 0
+            self.drop(row)
 
     def _copy(self, source: Row, target: Row, length: int) -> None:
         if source is not target:

@@ -1,6 +1,5 @@
 """A growing answer with its speed, as the page shows it; and several answers that grow side by side."""
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,24 +20,18 @@ class Progress:
 
 
 def progress(chunks: Iterator[Chunk]) -> Iterator[Progress]:
-    """The states of an answer. Only the time inside `chunks` counts, not the time of a slow consumer."""
-    text, seconds, first_after, first_tokens = "", 0.0, 0.0, 0
-    while True:
-        began = time.perf_counter()
-        chunk = next(chunks, None)
-        seconds += time.perf_counter() - began
-        if chunk is None:
-            return
-        if not first_after:
-            first_after, first_tokens = seconds, chunk.tokens
+    """The states of an answer. The times are those at which its tokens were made, however slow a consumer is."""
+    text, first = "", None
+    for chunk in chunks:
+        first = first or chunk
         text += chunk.text
-        wrote = chunk.tokens - first_tokens
-        speed = wrote / (seconds - first_after) if wrote else None
-        yield Progress(text, chunk.tokens, first_after, speed, chunk.finish_reason, chunk.dropped_turns)
+        wrote, seconds = chunk.tokens - first.tokens, chunk.seconds - first.seconds
+        speed = wrote / seconds if seconds else None
+        yield Progress(text, chunk.tokens, first.seconds, speed, chunk.finish_reason, chunk.dropped_turns)
 
 
 def side_by_side(streams: Mapping[str, Iterator[Progress]]) -> Iterator[dict[str, Progress]]:
-    """Several answers that grow in turns, one piece of each at a time: each has the same share of the processor."""
+    """Several answers, one piece of each at a time. Their models take turns by themselves."""
     growing = dict(streams)
     latest: dict[str, Progress] = {}
     while growing:
