@@ -3,7 +3,10 @@
 import os
 import platform
 import re
+import time
 from pathlib import Path
+
+import torch
 
 from bench.chat_server import ROOT
 from stages.common.artifacts import write_text
@@ -16,6 +19,16 @@ def processor() -> str:
     name = re.search(r"model name\s*: (.*)", text)
     widest = next((flag for flag in ("amx_tile", "avx512f", "avx2") if re.search(rf"\b{flag}\b", text)), "")
     return f"{os.cpu_count()} cores of {name[1] if name else platform.machine()} ({widest or 'no vector flags'})"
+
+
+def bytes_a_second() -> float:
+    """How fast all cores together read memory: a sum over 1 GB, the best of 5."""
+    numbers, times = torch.ones(250_000_000), []
+    for _ in range(5):
+        began = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - began)
+    return 1e9 / min(times)
 
 
 def _parts(name: str) -> tuple[str, str, str]:

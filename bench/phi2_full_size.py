@@ -9,6 +9,7 @@ Run: `python -m bench.phi2_full_size`
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import httpx
+import onnx
 import psutil
 import torch
 from ruamel.yaml import YAML
@@ -29,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedTokenizerFast
 
 from bench.chat_server import chat_server, idle, wait_until
+from bench.machine import bytes_a_second
 from commands import needs, plan
 from stages.common.artifacts import read_json, write_json
 from stages.common.memory import GIB
@@ -41,6 +44,8 @@ TOKENS = 256
 MAX_MEMORY = 20  # GiB
 PROMPT_TOKENS, ANSWER_TOKENS = 500, 32  # of the answer by the exported model
 TOLERANCE = 0.15
+# Of the second export.
+CALIBRATED = {"export_method": "gptq", "export_bits": 5.0, "export_calibration_tokens": 2048}
 # What is changed in the reference recipe: a CPU's precision, short and few conversations.
 CHANGES = {
     "base_model": "file:made-by-this-benchmark",
@@ -155,12 +160,15 @@ def check(rows: list[tuple[str, int, Measured]]) -> None:
         sys.exit("\n".join(f"error: {line}" for line in wrong))
 
 
-def serve(models: Path) -> str:
-    """Ask the chat app for an answer after a long question, and leave another; what that took, in a line."""
+def serve(models: Path, bandwidth: float) -> str:
+    """Ask the chat app for an answer after a long question, and leave another; what that took, in a line.
+
+    `bandwidth`: bytes of memory that this machine reads in a second.
+    """
     with chat_server(models) as (address, process):
         body = {"messages": [{"role": "user", "content": "egg " * PROMPT_TOKENS}], "stream": True}
         body |= {"max_tokens": ANSWER_TOKENS, "stream_options": {"include_usage": True}}
-        began, times, read = time.monotonic(), [], 0
+        began, times, usage = time.monotonic(), [], {}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=600) as response:
             if response.status_code != 200:
                 return f"not served: status {response.status_code}"
@@ -168,26 +176,40 @@ def serve(models: Path) -> str:
                 if '"content"' in line:
                     times.append(time.monotonic())
                 if '"usage"' in line:
-                    read = json.loads(line.removeprefix("data: "))["usage"]["prompt_tokens"]
+                    ended = time.monotonic()
+                    usage = json.loads(line.removeprefix("data: "))["usage"]
         with suppress(httpx.ReadTimeout):  # it leaves while the model reads a question that it has not read yet
             asked = {"messages": [{"role": "user", "content": "And why? " * PROMPT_TOKENS}]}
             httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=1)
         freed = wait_until(lambda: idle(address))
         held = psutil.Process(process.pid).memory_info().rss
     size = sum(path.stat().st_size for path in models.rglob("model.onnx*"))
+    limit = bandwidth / bytes_a_token(models / "tuned/model.onnx")
     # Of random weights a token is often a part of a character: fewer pieces than tokens arrive.
+    read, speed = usage["prompt_tokens"], (usage["completion_tokens"] - 1) / (ended - times[0])
     return (
-        f"served: {read} tokens read in {times[0] - began:.1f} s ({read / (times[0] - began):.0f} a second), "
-        f"{len(times)} pieces written in {times[-1] - times[0]:.1f} s; {held / 1e9:.1f} GB held, {size / 1e9:.1f} of "
-        f"them the model's; a client that left while it read freed it after {freed:.2f} s"
+        f"{read} tokens read in {times[0] - began:.1f} s ({read / (times[0] - began):.0f} a second), then {speed:.1f} "
+        f"tokens/s written, {speed / limit:.2f} of the {limit:.1f} that reading {bandwidth / 1e9:.1f} GB/s allows; "
+        f"{held / 1e9:.1f} GB held, {size / 1e9:.1f} of them the model's; a client that left while it read freed it "
+        f"after {freed:.2f} s"
+    )
+
+
+def bytes_a_token(model: Path) -> int:
+    """Bytes of weights that one token reads: of an embedding's table, it reads one row only."""
+    graph = onnx.load(model, load_external_data=False).graph
+    looked_up = {name for node in graph.node if node.op_type == "Gather" for name in node.input}
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in looked_up]
+    return sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize for tensor in tensors
     )
 
 
 def main() -> None:
-    rows = []
+    rows, served = [], []
     with tempfile.TemporaryDirectory(prefix="phi2-") as folder:
         project = Path(folder)
-        for name in ("stages", "data/sample", "recipes", "dvc.yaml", "requirements.lock"):
+        for name in ("stages", "space", "data/sample", "recipes", "dvc.yaml", "requirements.lock"):
             source, target = ROOT / name, project / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
@@ -220,14 +242,19 @@ def main() -> None:
                 yaml.dump({**params, **CHANGES, "merge_base": base}, file)
             planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
             rows.append((f"merge, {base}", planned["merge"].cpu, measured(project, "merge")))
-        rows.append(("export, int4", planned["export"].cpu, measured(project, "export")))
-        print("\nbench: serving", flush=True)
-        served = serve(project / "models/onnx")
+        bandwidth = bytes_a_second()
+        for name, way in (("int4", {}), ("int4 by gptq", CALIBRATED)):
+            with (project / "params.yaml").open("w", encoding="utf-8") as file:
+                yaml.dump({**params, **CHANGES, **way}, file)
+            planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
+            rows.append((f"export, {name}", planned["export"].cpu, measured(project, "export")))
+            print(f"\nbench: serving, {name}", flush=True)
+            served.append(f"{name}: {serve(project / 'models/onnx', bandwidth)}")
     print("\n| stage | planned, GiB | peak memory, GiB | without mapped files, GiB | time, s |")
     print("| --- | --- | --- | --- | --- |")
     for name, need, m in rows:
         print(f"| {name} | {need / GIB:.1f} | {m.peak:.1f} | {m.anonymous:.1f} | {m.seconds:.0f} |")
-    print(f"\n{served}")
+    print("", *served, sep="\n")
     check(rows)
 
 

@@ -70,13 +70,16 @@ def build_model(repository: str) -> Path:
         datasets, training = read_sources(RAW_SOURCE), read_json(ADAPTER / "training.json", ["params"])
         card = model_card(training, read_source(BASE / "source.json"), datasets, merged_with(), repository)
         files = sorted(path.name for path in (folder / "gguf").glob("*.gguf"))
-        write_text(folder / "README.md", hub_card(card, repository, files))
+        modelfile = (folder / "gguf/Modelfile").is_file()
+        write_text(folder / "README.md", hub_card(card, repository, files, modelfile))
     return MODEL
 
 
-def hub_card(card: str, repository: str, gguf: list[str]) -> str:
-    """The merged model's card for the repository, and how to run the other files there; `gguf`: their names."""
-    return Template(CARD.read_text(encoding="utf-8")).render(card=card, repository=repository, gguf=gguf) + "\n"
+def hub_card(card: str, repository: str, gguf: list[str], modelfile: bool) -> str:
+    """The merged model's card for the repository, and how to run the other files there: the GGUF files of these names,
+    with Ollama's Modelfile or without."""
+    template = Template(CARD.read_text(encoding="utf-8"))
+    return template.render(card=card, repository=repository, gguf=gguf, modelfile=modelfile) + "\n"
 
 
 def merged_with() -> dict[str, Any]:

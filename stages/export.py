@@ -27,6 +27,7 @@ from stages.common import memory
 from stages.common.answers import answer_figures
 from stages.common.artifacts import read_json, read_parquet, write_json, write_whole
 from stages.common.calibration import (
+    Linears,
     check_grids,
     choose_bits,
     costs,
@@ -109,14 +110,21 @@ def check_memory(source: Path, machine: Machine) -> None:
     memory.check_room("exporting takes at least", needed, machine.memory, "this machine", LARGER)
 
 
+def grids_of(params: ExportParams, products: Linears) -> tuple[Grid, Grid]:
+    """Of 4 and of 8 bits. 8 bits are so many that longer blocks without zero points lose nothing that matters."""
+    block = params.export_block_size
+    longer = all(linears[0].in_features % (2 * block) == 0 for linears in products.values())
+    return Grid(4, block, params.export_symmetric), Grid(8, 2 * block if longer else block, True)
+
+
 def calibrate(source: Path, params: ExportParams) -> tuple[list[str], dict[str, Packed]]:
-    """The builder's names of the products of `source` that get 8 bits, and the rounded weights of the others."""
+    """The builder's names of the products of `source` that get 8 bits, and the rounded weights of all."""
     rows = read_parquet(TOKENIZED / "train.parquet", ("input_ids", "length"))
     share = max(1, round(rows["length"].sum() / params.export_calibration_tokens))
     conversations = [list(ids) for ids in rows["input_ids"].iloc[::share]]
     model = load_model(source, torch.float32, use_gpu=False).eval().requires_grad_(False)
     products = products_of(model)
-    few, many = (Grid(bits, params.export_block_size, params.export_symmetric) for bits in (4, 8))
+    few, many = grids_of(params, products)
     eight = kept_products(products, params.export_int8_layers)
     check_grids(products, (few, many), eight, params.export_bits)
     if params.export_bits is not None:
@@ -124,18 +132,20 @@ def calibrate(source: Path, params: ExportParams) -> tuple[list[str], dict[str, 
         eight = choose_bits(cost, sizes_of(products), (few, many), eight, params.export_bits)
     grids = {product: many if product in eight else few for product in products}
     rounded = round_all(model, products, conversations, grids)
-    packed = {matmul_name(product.layer, product.name): pack(weight, few.symmetric) for product, weight in rounded}
+    packed = {matmul_name(product.layer, product.name): pack(weight, grids[product]) for product, weight in rounded}
     return [matmul_name(product.layer, product.name) for product in products if product in eight], packed
 
 
 def export(source: Path, folder: Path, params: ExportParams) -> None:
     """Export the model in `source` into `folder`, rounded as the parameters say."""
-    if params.export_method != "gptq":
-        build(source, folder, params, kept_names(params, load_config(source).num_hidden_layers))
-        return
-    names, packed = calibrate(source, params)
-    build(source, folder, params, names)
-    put_weights(folder, packed)
+    packed: dict[str, Packed] = {}
+    if params.export_method == "gptq":
+        eight, packed = calibrate(source, params)
+    else:
+        eight = kept_names(params, load_config(source).num_hidden_layers)
+    build(source, folder, params, eight)
+    if params.export_precision in ("int4", "int8"):
+        put_weights(folder, packed)
 
 
 def build(source: Path, folder: Path, params: ExportParams, eight: Sequence[str]) -> None:

@@ -81,7 +81,10 @@ def write_modelfile(folder: Path, kind: str, tokenizer: PreTrainedTokenizerBase,
         )
         return
     ends = [tokenizer.decode([number]) for number in end_ids(tokenizer)]
-    write_text(folder / "Modelfile", modelfile(file_of(kind), turns, ends, system_prompt))
+    try:
+        write_text(folder / "Modelfile", modelfile(file_of(kind), turns, ends, system_prompt))
+    except ValueError as error:
+        print(f"warning: gguf: {error}, which is in the system prompt or the chat template. No Modelfile is written.")
 
 
 def main() -> None:

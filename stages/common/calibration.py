@@ -160,7 +160,7 @@ def round_all(
     """Round each product by GPTQ, layer by layer; `model` has the rounded weights afterwards.
 
     A layer's inputs come from the rounded layers before it. A product whose grid has 8 bits or more is rounded to the
-    nearest value, which costs next to nothing, and is not given.
+    nearest value, which costs next to nothing.
     """
     runs = _first_inputs(model, conversations)
     for number, layer in enumerate(tqdm(model.base_model.layers, desc="rounding", unit="layer")):
@@ -235,9 +235,9 @@ def _round(
         if grid.bits < 8:
             more = weight.shape[1] - columns
             rounded = round_gptq(weight, functional.pad(moments[product], (0, more, 0, more)), grid)
-            yield product, rounded
         else:
             rounded = round_nearest(weight, grid)
+        yield product, rounded
         rows = [linear.out_features for linear in linears]
         for linear, part in zip(linears, rounded.weight()[:, :columns].split(rows), strict=True):
             linear.weight.data.copy_(part)

@@ -1,6 +1,6 @@
 """An exported model, measured in the same way as the model from which it was made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,22 @@ from chatapp.engine.decoder import MAX_ROWS, Decoder
 from chatapp.engine.sampling import Sampling, choose
 
 GREEDY = np.random.default_rng()  # nothing is drawn from it
+
+
+def score_logits(logits_of: Callable[[list[int]], np.ndarray], rows: pd.DataFrame, progress: str) -> pd.DataFrame:
+    """As scoring.score: columns nll (nats), tokens and correct, one row a conversation; `logits_of` gives a model's
+    logits after each token."""
+    results = []
+    for row in tqdm(rows.itertuples(), total=len(rows), desc=progress, unit="conv"):
+        ids = np.array(row.input_ids)
+        positions = np.flatnonzero(row.assistant_masks)
+        positions = positions[positions > 0]
+        logits = logits_of(ids.tolist())[positions - 1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        log_normaliser = np.log(np.exp(logits).sum(axis=1))
+        nll = log_normaliser - logits[np.arange(len(positions)), ids[positions]]
+        results.append((float(nll.sum()), len(positions), int((logits.argmax(axis=1) == ids[positions]).sum())))
+    return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
 
 
 @dataclass
@@ -36,18 +52,8 @@ class Exported:
         return self._decoder.read(0, ids)
 
     def score(self, rows: pd.DataFrame, progress: str) -> pd.DataFrame:
-        """As scoring.score: columns nll (nats), tokens and correct, one row a conversation."""
-        results = []
-        for row in tqdm(rows.itertuples(), total=len(rows), desc=progress, unit="conv"):
-            ids = np.array(row.input_ids)
-            positions = np.flatnonzero(row.assistant_masks)
-            positions = positions[positions > 0]
-            logits = self.logits(ids.tolist())[positions - 1].astype(np.float64)
-            logits -= logits.max(axis=1, keepdims=True)
-            log_normaliser = np.log(np.exp(logits).sum(axis=1))
-            nll = log_normaliser - logits[np.arange(len(positions)), ids[positions]]
-            results.append((float(nll.sum()), len(positions), int((logits.argmax(axis=1) == ids[positions]).sum())))
-        return pd.DataFrame(results, columns=["nll", "tokens", "correct"])
+        """As scoring.score."""
+        return score_logits(self.logits, rows, progress)
 
     def answers(
         self, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[int], repetition_penalty: float = 1.0

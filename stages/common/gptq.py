@@ -3,17 +3,21 @@
 A block of weights in a row shares a scale and a zero point, as in onnxruntime's MatMulNBits: a weight is
 (integer - zero point) * scale.
 GPTQ: Frantar et al., 2022, https://arxiv.org/abs/2210.17323, with scales fixed beforehand and columns in the order of
-their second moments, largest first ("static groups" and "act-order" of its authors' code).
+their second moments, largest first ("static groups" and "act-order" of its authors' code). Afterwards the scales are
+fitted to the integers, by least squares.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from stages.common.errors import StageError
 
-DAMPING = 0.01  # of the mean second moment, added to all of them: section 3.3 of the paper
-COLUMNS = 128  # whose errors are spread together
+# Of the mean second moment, added to all of them: section 3.3 of the paper. More than there, as few tokens calibrate.
+DAMPING = 0.3
+LEAST_SCALE = 2.0**-24  # the least number above zero that a float16 can hold
+HOLDING = 1e-4  # of a row's mean product of a block with itself
+COLUMNS = 64  # whose errors are spread together
 SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # ranges that are tried for a block: outliers may be clipped
 
 
@@ -22,7 +26,7 @@ class Rounded:
     """A weight of shape (rows, columns) in whole numbers; scales and zeros have shape (rows, blocks)."""
 
     integers: torch.Tensor  # uint8, as the weight
-    scales: torch.Tensor  # float32
+    scales: torch.Tensor  # float32, but only what a float16 can hold: so they are stored
     zeros: torch.Tensor  # uint8
 
     def weight(self) -> torch.Tensor:
@@ -47,8 +51,8 @@ class Grid:
 
     @property
     def bits_a_weight(self) -> float:
-        """The integer's bits, and its share of a float32 scale and a zero point."""
-        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block
+        """The integer's bits, and its share of a float16 scale and a zero point."""
+        return self.bits + (16 + (0 if self.symmetric else self.bits)) / self.block
 
 
 def round_nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
@@ -87,7 +91,8 @@ def round_gptq(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -> Round
         left[part.stop :] -= spread[part, part.stop :].T @ errors
     placed = torch.empty_like(integers)
     placed[order] = integers
-    return Rounded(placed.T.contiguous().byte(), scales.squeeze(-1), zeros.squeeze(-1).byte())
+    rounded = Rounded(placed.T.contiguous().byte(), scales.squeeze(-1), zeros.squeeze(-1).byte())
+    return replace(rounded, scales=_fitted_scales(weight.float(), rounded, moments))
 
 
 def _blocks(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -110,8 +115,13 @@ def _range(blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor
 
 def _spread(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point whose integers reach from `low` to `high`."""
-    scale = ((high - low) / grid.top).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = _stored((high - low) / grid.top)
     return scale, torch.round(-low / scale).clamp(0, grid.top)
+
+
+def _stored(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest scales above zero that a float16 can hold."""
+    return scales.clamp(min=LEAST_SCALE).half().float()
 
 
 def _best_scales(blocks: torch.Tensor, grid: Grid, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,11 +136,27 @@ def _best_scales(blocks: torch.Tensor, grid: Grid, importance: torch.Tensor) -> 
         rounded = _integers(blocks, scale, zero, grid) - zero
         # The best scale for these integers (least squares) is at least as good.
         fitted = (weighs * rounded * blocks).sum(-1, keepdim=True) / (weighs * rounded.square()).sum(-1, keepdim=True)
-        scale = torch.where(fitted > 0, fitted, scale)
+        scale = torch.where(fitted > 0, _stored(fitted), scale)
         error = (weighs * (rounded * scale - blocks).square()).sum(-1, keepdim=True)
         better = error < least
         least, best, zeros = (torch.where(better, a, b) for a, b in ((error, least), (scale, best), (zero, zeros)))
     return best, zeros
+
+
+def _fitted_scales(weight: torch.Tensor, rounded: Rounded, moments: torch.Tensor) -> torch.Tensor:
+    """The scales of all blocks of a row together with which its integers give the least error of the outputs."""
+    rows, blocks = rounded.scales.shape
+    centred = replace(rounded, scales=torch.ones_like(rounded.scales)).weight().reshape(rows, blocks, -1)
+    wanted = (centred * (weight @ moments).reshape(centred.shape)).sum(-1)
+    block = centred.shape[-1]
+    between = torch.empty(rows, blocks, blocks)  # the outputs' products, of each block and each other
+    for at, part in enumerate(moments.reshape(blocks, block, blocks, block)):
+        between[:, at] = (torch.einsum("ri,ibj->rbj", centred[:, at], part) * centred).sum(-1)
+    # A block of zeros has no best scale: this holds it, and hardly moves the others.
+    hold = HOLDING * between.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    between.diagonal(dim1=1, dim2=2).add_(hold)
+    fitted = torch.linalg.solve(between, wanted + hold * rounded.scales)
+    return torch.where(fitted > 0, _stored(fitted), rounded.scales)
 
 
 def _inverse_root(moments: torch.Tensor) -> torch.Tensor:

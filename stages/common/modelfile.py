@@ -10,6 +10,7 @@ from stages.common.chat import Chat, ChatError
 from stages.common.chat.probes import probes
 from stages.common.chat.skeleton import ANSWER, SYSTEM, USER, Message
 
+QUOTES = '"""'  # around texts; nothing escapes them
 QUESTION, INSTRUCTION, REPLY, NEXT = "\x01question\x01", "\x01system\x01", "\x01reply\x01", "\x01next\x01"
 
 
@@ -102,7 +103,9 @@ def _writes_the_same(turns: Turns, chat: Chat) -> bool:
 
 
 def modelfile(gguf: str, turns: Turns, ends: Sequence[str], system_prompt: str) -> str:
-    """The text of a Modelfile for the file `gguf` beside it."""
+    """The text of a Modelfile for the file `gguf` beside it. Raises ValueError where a text cannot stand in one."""
+    if QUOTES in turns.go() + system_prompt:
+        raise ValueError(f"a Modelfile cannot hold {QUOTES}")
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{turns.go()}"""', *(f'PARAMETER stop "{end}"' for end in ends)]
     if system_prompt:
         lines.append(f'SYSTEM """{system_prompt}"""')

@@ -84,9 +84,12 @@ def test_the_models_card_on_the_hub_names_what_is_there():
     training = {"params": {"note": 'from "models/merged"'}, "held_out_loss_before": 3.0, "held_out_loss_after": 2.0}
     merge = {"merge_base": "original", "merge_dtype": "float16"}
     card = model_card(training, base, [base], merge, "ada/chat")
-    text = hub_card(card, "ada/chat", ["tuned-Q8_0.gguf"])
+    text = hub_card(card, "ada/chat", ["tuned-Q8_0.gguf"], True)
     assert "llama-cli -m gguf/tuned-Q8_0.gguf --jinja" in text and "ollama create mine -f gguf/Modelfile" in text
-    assert "gguf" not in hub_card(card, "ada/chat", [])
+    assert 'hf download ada/chat --include "onnx/tuned/*" --local-dir .' in text and 'og.Model("onnx/tuned")' in text
+    assert "lms import gguf/tuned-Q8_0.gguf" in text
+    assert "Ollama |" not in hub_card(card, "ada/chat", ["tuned-Q8_0.gguf"], False)
+    assert "gguf" not in hub_card(card, "ada/chat", [], False)
     assert 'model="ada/chat"' in text and "is in `reports/evaluation.json`" in text and "spaces/ada/chat" in text
     # What a run was made with stays as it was recorded.
     assert "`file:models/merged` at the version in the project" in text and '`from "models/merged"`' in text

@@ -113,6 +113,8 @@ def test_a_dry_run_lists_every_file_and_asks_the_hub_nothing(publisher):
     for name in (
         "onnx/tuned/model.onnx",
         "onnx/base/model.onnx",
+        "gguf/tuned-Q8_0.gguf",
+        "gguf/Modelfile",
         "adapter/adapter_model.safetensors",
         "reports/exported.json",
     ):
@@ -151,7 +153,9 @@ def test_the_hub_has_the_model_and_a_space_that_pins_it(deployed):
     for name in ("model.safetensors", "README.md", "onnx/tuned/model.onnx.data", "adapter/adapter_model.safetensors"):
         assert (model / name).stat().st_size > 0
     assert "- ada/chat" in (space / "README.md").read_text(encoding="utf-8")
-    assert 'model="ada/chat"' in (model / "README.md").read_text(encoding="utf-8")
+    assert (model / "gguf/tuned-Q8_0.gguf").read_bytes()[:4] == b"GGUF" and (model / "gguf/Modelfile").is_file()
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert 'model="ada/chat"' in card and "ollama create mine -f gguf/Modelfile" in card
     adapter = json.loads((model / "adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] is None and adapter["r"] == 16  # its base is a file, on no hub
     pin = json.loads((space / "models.json").read_text())

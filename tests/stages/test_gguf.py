@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.common.chat import Chat, end_ids
+import bench.gguf
+from stages.common.artifacts import read_json
+from stages.common.chat import Chat, check_same_ids, end_ids
 from stages.common.chat.probes import probes
 from stages.common.errors import StageError
 from stages.common.gguf_file import check_architecture, load_weights, split_of, write_gguf
 from stages.common.model_files import load_tokenizer
-from stages.common.modelfile import modelfile, turns_of
+from stages.common.modelfile import Turns, modelfile, turns_of
 from stages.common.models import load_model
 from stages.gguf import check_ids, check_loss
 from stages.tokenize import load_template
@@ -115,6 +117,8 @@ def test_ollamas_template_writes_what_training_saw(tuned):
     for talk in probes():
         expected = chat.text(talk[:-1], True)
         assert turns.text(talk[:-1]) == expected == template.render(messages=talk[:-1])
+    with pytest.raises(ValueError, match="a Modelfile cannot hold"):
+        modelfile("tuned-Q8_0.gguf", turns, ["<|end|>"], 'Say """ twice.')
     text = modelfile("tuned-Q8_0.gguf", turns, ["<|end|>"], "Be brief.")
     assert text.startswith("FROM ./tuned-Q8_0.gguf\n") and f'TEMPLATE """{turns.go()}"""' in text
     assert 'PARAMETER stop "<|end|>"' in text and 'SYSTEM """Be brief."""' in text
@@ -131,3 +135,41 @@ def test_a_template_that_is_more_than_fixed_texts_has_no_modelfile(template, tin
     tokenizer = load_tokenizer(tiny_llama)
     chat = Chat(tokenizer.backend_tokenizer, template, {}, "a template")
     assert turns_of(chat) is None
+
+
+def test_braces_of_a_template_are_no_go():
+    turns = Turns("{{a}} ", {"user": ("Q {{ ", " }} A "), "assistant": ("", "\n")})
+    messages = [{"role": "user", "content": "{{ x }}"}]
+    assert in_jinja(turns.go()).render(messages=messages) == turns.text(messages) == "{{a}} Q {{ {{ x }} }} A "
+
+
+def test_llama_cpp_itself_gives_the_same_tokens_and_logits(tuned, tmp_path):
+    """An independent reader, also of Phi: shape, rotary positions, tokenizer, template."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model, tokenizer = tuned
+    write_gguf(model, tokenizer, tmp_path / "tuned.gguf", "F16")
+    read = bench.gguf.opened(tmp_path / "tuned.gguf")
+    check_same_ids(Chat.of(tokenizer), bench.gguf.reader(read), "llama.cpp")
+    got, expected = bench.gguf.logits_of(read, IDS[0].tolist()), logits(model)[0].numpy()
+    assert abs(got - expected).max() < 0.02 * abs(expected).max()
+
+
+@pytest.mark.slow
+def test_the_stage_checks_and_writes_all_or_nothing(finished_project):
+    folder = finished_project.folder / "models/gguf"
+    finished_project.remove("models/gguf", "reports/gguf.json")
+    finished_project.set(export_max_perplexity_increase=1e-9, gguf_types=["Q4_0"])
+    refused = finished_project.run("stages", "gguf", check=False)
+    assert refused.returncode == 1 and "gguf_types: Q4_0: the file's perplexity is" in refused.stderr
+    assert not folder.exists()
+    finished_project.set(export_max_perplexity_increase=10.0, gguf_types=["Q8_0", "Q4_0"])
+    finished_project.run("stages", "gguf")
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "tuned-Q4_0.gguf", "tuned-Q8_0.gguf"]
+    text = (folder / "Modelfile").read_text(encoding="utf-8")
+    assert "FROM ./tuned-Q8_0.gguf" in text and "You are a helpful assistant." in text
+    figures = read_json(finished_project.folder / "reports/gguf.json")
+    assert figures["Q8_0"]["bytes"] == (folder / "tuned-Q8_0.gguf").stat().st_size > figures["Q4_0"]["bytes"]
+    # A template that llama.cpp would read otherwise than training did.
+    merged = finished_project.folder / "models/merged/tokenizer.json"
+    merged.write_text(merged.read_text(encoding="utf-8").replace('"add_prefix_space":false', '"add_prefix_space":true'))
+    assert finished_project.run("stages", "gguf", check=False).returncode == 1 and folder.is_dir()
