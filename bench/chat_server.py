@@ -10,14 +10,15 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
+APP = ROOT / "space/app.py"
 TIMEOUT_START = 120  # seconds; enough for a large model on a busy machine
 
 
 @contextmanager
-def chat_server(models: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Serve the exported models in `models`. Gives the address (http://…) and the process, and ends the process."""
+def chat_server(models: Path, *arguments: str, app: Path = APP) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Serve the exported models in `models` by `app`. Gives address (http://…) and process, and ends the process."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "space/app.py", "--models", models, "--port", "0", *arguments],
+        [sys.executable, app, "--models", models, "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -6,6 +6,7 @@ Run: `python -m bench.cpu BUILD/bin` (half an hour; needs the outputs of `make a
 """
 
 import argparse
+import math
 import random
 import statistics
 import tempfile
@@ -40,6 +41,12 @@ def words(count: int, seed: object) -> str:
     return " ".join(drawn.choice(WORDS) for _ in range(count))
 
 
+def first_word(side: Side, messages: Messages) -> float:
+    """Seconds until the first word of an answer; not a number where it has none."""
+    (times,) = side.clients.ask([messages], 8)
+    return times[0] if times else math.nan
+
+
 def turn(side: Side, number: int) -> dict[str, float]:
     """All measurements of a server once. Times in seconds, speeds in tokens a second."""
     found: dict[str, float] = {}
@@ -47,18 +54,18 @@ def turn(side: Side, number: int) -> dict[str, float]:
         (times,) = side.clients.ask([said(f"{QUESTION} Number {number}.")], length)
         found[f"speed_{length}"] = (len(times) - 1) / (times[-1] - times[0])
     for length in PROMPTS:
-        question = said(words(length, (number, length)))
-        found[f"first_{length}"] = side.clients.ask([question], 8)[0][0]
+        question = said(f"{words(length, (number, length))}. {QUESTION}")
+        found[f"first_{length}"] = first_word(side, question)
         if length == 500:
-            more = [*question, {"role": "assistant", "content": "A fox."}, *said("And then?")]
-            found["follow_up"] = side.clients.ask([more], 8)[0][0]
+            more = [*question, {"role": "assistant", "content": "A fox."}, *said(QUESTION)]
+            found["follow_up"] = first_word(side, more)
     for count in CLIENTS:
         began = time.perf_counter()
         times_of = side.clients.ask(
             [said(f"{QUESTION} Its name is {words(3, (number, n))}.") for n in range(count)], CLIENT_TOKENS
         )
         found[f"speed_of_{count}"] = sum(map(len, times_of)) / (time.perf_counter() - began)
-        found[f"last_first_of_{count}"] = max(times[0] for times in times_of)
+        found[f"last_first_of_{count}"] = max(times[0] for times in times_of if times)
     return found
 
 

@@ -5,9 +5,10 @@ made, quantised, trained for two steps (killed after the first, and resumed), me
 beside the memory that `make plan` would have said. Fails when one holds more than 20 GiB besides mapped weight files,
 which the system takes away when it needs the room, or is not within 15 % of its plan.
 Nothing is downloaded. Needs 24 GiB of memory and 45 GB of disk under the temporary folder.
-Run: `python -m bench.phi2_full_size`
+Run: `python -m bench.phi2_full_size` (an hour; `--exports` takes a third of it)
 """
 
+import argparse
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import httpx
 import onnx
@@ -35,7 +37,9 @@ from bench.machine import bytes_a_second
 from commands import needs, plan
 from stages.common.artifacts import read_json, write_json
 from stages.common.memory import GIB
+from stages.common.model_files import load_tokenizer
 from stages.common.params import read_params
+from stages.tokenize import load_template
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,8 +48,11 @@ TOKENS = 256
 MAX_MEMORY = 20  # GiB
 PROMPT_TOKENS, ANSWER_TOKENS = 500, 32  # of the answer by the exported model
 TOLERANCE = 0.15
-# Of the second export.
-CALIBRATED = {"export_method": "gptq", "export_bits": 5.0, "export_calibration_tokens": 2048}
+EXPORTS: dict[str, dict[str, Any]] = {
+    "int4": {},
+    "int4 by gptq": {"export_method": "gptq", "export_bits": 5.0, "export_calibration_tokens": 2048},
+}
+Row = tuple[str, int, "Measured"]  # what ran, its planned bytes, and what it took
 # What is changed in the reference recipe: a CPU's precision, short and few conversations.
 CHANGES = {
     "base_model": "file:made-by-this-benchmark",
@@ -148,7 +155,7 @@ def measured(project: Path, stage: str, *, kill_when: Path | None = None, must_s
     return Measured(usage.ru_maxrss / 1024**2, most / GIB, time.monotonic() - started)
 
 
-def check(rows: list[tuple[str, int, Measured]]) -> None:
+def check(rows: list[Row]) -> None:
     """Exit with a line for each stage that passed the bound or whose plan was not within the tolerance."""
     wrong = [
         f"{name}: {m.anonymous:.1f} GiB, more than {MAX_MEMORY}" for name, _, m in rows if m.anonymous > MAX_MEMORY
@@ -205,18 +212,49 @@ def bytes_a_token(model: Path) -> int:
     )
 
 
+def set_params(project: Path, params: dict[str, Any], **changes: Any) -> dict[str, needs.Peak]:
+    """Write the project's params.yaml; what `make plan` would say of it."""
+    with (project / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump({**params, **CHANGES, **changes}, file)
+    config = plan.configuration(read_json(project / "models/base/config.json"))
+    return needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
+
+
+def trained_and_merged(project: Path, params: dict[str, Any]) -> list[Row]:
+    planned = set_params(project, params)
+    first = Path("models/checkpoints/*/checkpoint-1/seal.json")
+    rows = [("train, killed after step 1", planned["train"].cpu, measured(project, "train", kill_when=first))]
+    resumed = measured(project, "train", must_say="resuming from models/checkpoints")
+    rows.append(("train, resumed for step 2", planned["train"].cpu, resumed))
+    for base in ("original", "dequantized"):
+        planned = set_params(project, params, merge_base=base)
+        rows.append((f"merge, {base}", planned["merge"].cpu, measured(project, "merge")))
+    return rows
+
+
+def as_merged(project: Path, params: dict[str, Any]) -> None:
+    """Take the base for the merged model, as if nothing had been trained."""
+    shutil.copytree(project / "models/base", project / "models/merged", copy_function=os.link)
+    tokenizer = load_tokenizer(project / "models/base")
+    tokenizer.chat_template = load_template(params["chat_template"], tokenizer)
+    tokenizer.save_pretrained(project / "models/merged")
+    (project / "models/adapter").mkdir(parents=True)
+    write_json(project / "models/adapter/training.json", {"params": {"system_prompt": params["system_prompt"]}})
+
+
 def main() -> None:
-    rows, served = [], []
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--exports", action="store_true", help="export the base, without training and merging")
+    chosen = parser.parse_args()
+    rows: list[Row] = []
+    served: list[str] = []
     with tempfile.TemporaryDirectory(prefix="phi2-") as folder:
         project = Path(folder)
         for name in ("stages", "space", "data/sample", "recipes", "dvc.yaml", "requirements.lock"):
             source, target = ROOT / name, project / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
-        yaml = YAML()
-        params = yaml.load((ROOT / "recipes/phi2-oasst1.yaml").read_text(encoding="utf-8"))
-        with (project / "params.yaml").open("w", encoding="utf-8") as file:
-            yaml.dump({**params, **CHANGES}, file)
+        params = YAML().load((ROOT / "recipes/phi2-oasst1.yaml").read_text(encoding="utf-8"))
         (project / "models/base").mkdir(parents=True)
         (project / "data/raw/1").mkdir(parents=True)
         shutil.copyfile(project / "data/sample/oasst_sample.jsonl", project / "data/raw/1/oasst_sample.jsonl")
@@ -228,25 +266,16 @@ def main() -> None:
         print(f"bench: a Phi of {size:,} parameters", flush=True)
         if size != PARAMETERS:
             sys.exit(f"error: phi-2 has {PARAMETERS:,}")
+        set_params(project, params)
         measured(project, "prepare")
         measured(project, "tokenize")
-        first = Path("models/checkpoints/*/checkpoint-1/seal.json")
-        config = plan.configuration(read_json(project / "models/base/config.json"))
-        planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
-        killed = measured(project, "train", kill_when=first)
-        rows.append(("train, killed after step 1", planned["train"].cpu, killed))
-        resumed = measured(project, "train", must_say="resuming from models/checkpoints")
-        rows.append(("train, resumed for step 2", planned["train"].cpu, resumed))
-        for base in ("original", "dequantized"):
-            with (project / "params.yaml").open("w", encoding="utf-8") as file:
-                yaml.dump({**params, **CHANGES, "merge_base": base}, file)
-            planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
-            rows.append((f"merge, {base}", planned["merge"].cpu, measured(project, "merge")))
+        if chosen.exports:
+            as_merged(project, params)
+        else:
+            rows += trained_and_merged(project, params)
         bandwidth = bytes_a_second()
-        for name, way in (("int4", {}), ("int4 by gptq", CALIBRATED)):
-            with (project / "params.yaml").open("w", encoding="utf-8") as file:
-                yaml.dump({**params, **CHANGES, **way}, file)
-            planned = needs.peaks(config, read_params(project / "params.yaml"), TOKENS)
+        for name, way in EXPORTS.items():
+            planned = set_params(project, params, **way)
             rows.append((f"export, {name}", planned["export"].cpu, measured(project, "export")))
             print(f"\nbench: serving, {name}", flush=True)
             served.append(f"{name}: {serve(project / 'models/onnx', bandwidth)}")

@@ -19,7 +19,7 @@ TARGETS = dict(re.findall(r"^([a-z-]+):.*## (.*)$", MAKEFILE, re.MULTILINE))
 VARIABLES = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE))
 # Programs that are not the project's: only that they are named is checked.
 OTHER_PROGRAMS = {"cd", "cmake", "curl", "git", "hf", "source", "tar", "/usr/bin/time", "python3"}
-OTHER_PROGRAMS |= {".venv/bin/pip", ".venv/bin/python"}
+OTHER_PROGRAMS |= {".venv/bin/pip", ".venv/bin/python", "build/openvino/bin/pip"}
 OTHER_MODULES = {"venv", "timeit", "pip"}
 
 

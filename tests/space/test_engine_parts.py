@@ -165,5 +165,5 @@ def test_there_is_a_cpu_to_use():
 
 def test_a_large_model_reads_in_small_steps():
     sizes = (160_000_000, 1_000_000_000, 2_290_000_000)
-    assert [tokens_in_step(size) for size in sizes] == [32, 32, 16]
+    assert [tokens_in_step(size) for size in sizes] == [64, 32, 16]
     assert [tokens_in_round(size) for size in sizes] == [200, 32, 16]

@@ -66,16 +66,22 @@ def test_every_text_is_readable_while_people_chat(chat, held):
 
 
 def test_every_text_of_the_other_tabs_is_readable(chat, held):
-    for engine in held.values():
-        engine.allow()
     page = chat.page
     page.get_by_role("tab", name="Compare").click()
     check(chat, "compare, empty")
     page.get_by_role("textbox", name="Message to all models").fill("A question of mine")
+    held["tuned"].allow(4)
     page.get_by_role("textbox", name="Message to all models").press("Enter")
+    page.locator("#compare-box").get_by_role("button", name="Stop").wait_for()
+    check(chat, "compare, growing")
+    for engine in held.values():
+        engine.allow()
     page.locator("#compare-base .token").first.wait_for()
     page.locator("#compare-box").get_by_role("button", name="Send").wait_for()
     check(chat, "compare")
+    for button in page.locator("#compare-box button").all():
+        button.evaluate("button => { button.disabled = true; }")
+    check(chat, "compare, disabled")
     for name in ("About", "API"):
         page.get_by_role("tab", name=name).click()
         page.locator(f"#{name.lower()} td").first.wait_for()

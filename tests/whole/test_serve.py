@@ -33,7 +33,9 @@ def test_a_killed_make_serve_frees_the_port(number, whom, project: Project):
     try:
         wait_for(lambda: listens(port))
         (server,) = psutil.Process(make.pid).children(recursive=True)  # no shell between them
-        assert "space/app.py" in server.cmdline()
+        given = server.cmdline()
+        assert "space/app.py" in given and given[given.index("--models") + 1] == "models/onnx"
+        assert given[given.index("--evaluation") + 1] == "reports/evaluation.json"  # what the page's About shows
         os.kill(make.pid if whom == "make" else server.pid, getattr(signal, number))
         make.wait(timeout=60)
         wait_for(lambda: not listens(port))

@@ -17,7 +17,7 @@ from chatapp.engine.token_logprobs import TokenBytes, TokenLogprob, token_logpro
 
 FinishReason = Literal["stop", "length", "cancelled"]
 # Tokens of a prompt that are read in one step.
-MAX_STEP = 32
+MAX_STEP = 64
 MIN_STEP = 16
 # The reading between two tokens of the answers ends within a second, because others wait, and an answer can be
 # cancelled only there. Two cores read about 60 tokens a second with a model of 1 GB.
