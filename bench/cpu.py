@@ -72,10 +72,15 @@ def turn(side: Side, number: int) -> dict[str, float]:
 # Results ----------------------------------------------------------------------------------------------------------
 
 
+def median(values: Sequence[float]) -> float:
+    """Of those that are numbers."""
+    return statistics.median([value for value in values if not math.isnan(value)] or [math.nan])
+
+
 def summary(sides: Sequence[Side], bandwidth: float) -> dict[str, Any]:
     found = {}
     for side in sides:
-        medians = {key: statistics.median(turn[key] for turn in side.turns) for key in side.turns[0]}
+        medians = {key: median([turn[key] for turn in side.turns]) for key in side.turns[0]}
         limits = {"bytes": side.bytes, "perplexity": side.perplexity, "limit": bandwidth / side.bytes}
         found[side.name] = {**limits, **medians, "memory": side.memory()}
     return {

@@ -6,6 +6,7 @@ Run: `git worktree add build/before COMMIT`, then `python -m bench.first_words b
 
 import argparse
 import asyncio
+import importlib
 from pathlib import Path
 
 from bench.chat_server import APP, ROOT, chat_server
@@ -25,8 +26,7 @@ def first_words(app: Path) -> list[float]:
 
 
 def draw(sides: dict[str, list[float]], picture: Path) -> None:
-    from matplotlib import pyplot
-
+    pyplot = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
     for (name, times), marker in zip(sides.items(), "so", strict=False):
         axes.plot(range(1, len(times) + 1), times, marker, label=f"{name}: last after {times[-1]:.1f} s")

@@ -5,6 +5,7 @@ Needs the package llama-cpp-python (`pip install llama-cpp-python` compiles llam
 gives other tokens than training saw. Run: `python -m bench.gguf`
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,18 +29,17 @@ CONTEXT = 2048
 
 def opened(path: Path) -> Any:
     """The file in llama.cpp, which gives the logits after each token."""
-    import llama_cpp
-
-    return llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, verbose=False)
+    return importlib.import_module("llama_cpp").Llama(
+        str(path), n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, verbose=False
+    )
 
 
 def reader(model: Any) -> Callable[[list[dict[str, str]], bool], list[int]]:
     """What the file's own template and llama.cpp's tokenizer make of messages."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
+    formatter = importlib.import_module("llama_cpp.llama_chat_format").Jinja2ChatFormatter
     end = model._model.token_get_text(model.token_eos())
-    template = Jinja2ChatFormatter(model.metadata["tokenizer.chat_template"], end, "", add_generation_prompt=False)
-    prompt = Jinja2ChatFormatter(model.metadata["tokenizer.chat_template"], end, "")
+    template = formatter(model.metadata["tokenizer.chat_template"], end, "", add_generation_prompt=False)
+    prompt = formatter(model.metadata["tokenizer.chat_template"], end, "")
 
     def ids(messages: list[dict[str, str]], is_prompt: bool) -> list[int]:
         text = (prompt if is_prompt else template)(messages=messages).prompt

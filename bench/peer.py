@@ -6,6 +6,7 @@ It imports nothing of the project, because OpenVINO has an environment of its ow
 """
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -32,11 +33,8 @@ class Transformers:
     """The model in float32. Prompts at once are one padded batch; nothing is kept from one request to the next."""
 
     def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._torch, library = importlib.import_module("torch"), importlib.import_module("transformers")
+        self._model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=self._torch.float32).eval()
 
     def answer(self, prompts: list[list[int]], tokens: int, ends: list[int], say: Say) -> None:
         longest = max(map(len, prompts))
@@ -71,13 +69,11 @@ class OpenVino:
     """A model that optimum-cli has exported, in OpenVINO GenAI's pipeline for many clients, which keeps prefixes."""
 
     def __init__(self, folder: Path) -> None:
-        import openvino
-        import openvino_genai
-
-        self._openvino, self._genai, self._folder = openvino, openvino_genai, folder
-        scheduler = openvino_genai.SchedulerConfig()
+        self._openvino, self._genai = importlib.import_module("openvino"), importlib.import_module("openvino_genai")
+        self._folder = folder
+        scheduler = self._genai.SchedulerConfig()
         scheduler.enable_prefix_caching, scheduler.cache_size, scheduler.max_num_seqs = True, CACHE_GB, AT_ONCE
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU")
+        self._pipeline = self._genai.ContinuousBatchingPipeline(folder, scheduler, "CPU")
         self._asked = 0
 
     def answer(self, prompts: list[list[int]], tokens: int, ends: list[int], say: Say) -> None:

@@ -1,6 +1,7 @@
 """The benchmark beside others that users would take instead: how it counts, and its table in the documentation."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -64,6 +65,10 @@ def test_the_table_has_medians():
     assert (found["limit"], found["speed_of_8"], results["turns"]) == (2000, 2.0, 3)
     said = cpu.table(results)
     assert all(f"| {label} |" in said for label in cpu.ROWS) and "| app |" in said
+
+
+def test_an_answer_without_a_word_does_not_count():
+    assert cpu.median([2.0, math.nan, 1.0]) == 1.5 and math.isnan(cpu.median([math.nan]))
 
 
 def test_a_text_that_was_not_read_before():
