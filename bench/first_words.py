@@ -1,7 +1,8 @@
 """Draw when each of 32 clients that ask at once sees its first word: the chat app of now, and of an earlier commit.
 
 Writes docs/first-words.png. Needs the package matplotlib (`pip install matplotlib`) and the outputs of `make all`.
-Run: `git worktree add build/before COMMIT`, then `python -m bench.first_words build/before/space/app.py`
+`git worktree add build/before COMMIT` gives the earlier one.
+Run: `python -m bench.first_words build/before/space/app.py`
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What a training step or an evaluation holds in memory beyond weights: traced, and timed on one real batch.
 
-The trace runs on fake tensors, operation by operation, with one and two layers, and is extended to the model's own
+The trace runs on fake tensors, operation by operation, with two and four layers, and is extended to the model's own
 number: all layers have the same shape. Nothing is loaded for it. All sizes are bytes.
 """
 
@@ -66,15 +66,15 @@ class LiveBytes:
 
 
 def _extended(config: PretrainedConfig, peak: Callable[[int], int]) -> int:
-    """`peak(layers)` at the model's own number of layers, from one and two."""
+    """`peak(layers)` at the model's own number of layers, from two and four."""
     try:
-        one, two = peak(1), peak(2)
+        two, four = peak(2), peak(4)
     except Exception as error:  # a model's own code, on tensors without content
         raise StageError(
             f"base_model: the memory of this model's training cannot be planned ({first_line(error)}). "
             "Its stages can run: run `make all`, and watch the memory."
         ) from error
-    return one + (two - one) * (config.num_hidden_layers - 1)
+    return round(two + (four - two) / 2 * (config.num_hidden_layers - 2))
 
 
 def use_training_head(model: PreTrainedModel) -> None:

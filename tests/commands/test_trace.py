@@ -41,7 +41,7 @@ def test_live_bytes_are_those_of_storages_that_live():
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_phi"])
 @pytest.mark.slow
 def test_a_traced_step_holds_what_a_real_one_does(model, checkpointed, mixed, request, monkeypatch, tmp_path):
-    """A step of SFTTrainer itself, over real tensors and all layers: the trace extends one and two."""
+    """A step of SFTTrainer itself, over real tensors and all layers: the trace extends two and four."""
     # So narrow that the output layer's buffer, of a fixed width, does not hide everything else.
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     monkeypatch.setattr("stages.common.trainer.fuse_lora", lambda *_: [])  # the trace is of PEFT's layers

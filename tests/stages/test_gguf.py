@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bench.gguf
-from stages.common.artifacts import read_json
+from stages.common.artifacts import read_json, write_json
 from stages.common.chat import Chat, check_same_ids, end_ids
 from stages.common.chat.probes import probes
 from stages.common.errors import StageError
@@ -169,7 +169,8 @@ def test_the_stage_checks_and_writes_all_or_nothing(finished_project):
     assert "FROM ./tuned-Q8_0.gguf" in text and "You are a helpful assistant." in text
     figures = read_json(finished_project.folder / "reports/gguf.json")
     assert figures["Q8_0"]["bytes"] == (folder / "tuned-Q8_0.gguf").stat().st_size > figures["Q4_0"]["bytes"]
-    # A template that llama.cpp would read otherwise than training did.
-    merged = finished_project.folder / "models/merged/tokenizer.json"
-    merged.write_text(merged.read_text(encoding="utf-8").replace('"add_prefix_space":false', '"add_prefix_space":true'))
-    assert finished_project.run("stages", "gguf", check=False).returncode == 1 and folder.is_dir()
+    # A tokenizer that llama.cpp would read otherwise than training did.
+    path = finished_project.folder / "models/merged/tokenizer.json"
+    write_json(path, {**read_json(path), "pre_tokenizer": None})
+    refused = finished_project.run("stages", "gguf", check=False)
+    assert refused.returncode == 1 and "splits text in a way that has no name" in refused.stderr and folder.is_dir()

@@ -115,7 +115,7 @@ def test_lists_of_data_sets_are_checked(tmp_path, line, said):
         (["languages: [en, en]"], "languages: ['en', 'en']: names something twice"),
         (["tree_states: [x, x]"], "tree_states: ['x', 'x']: names something twice"),
         (["sample_prompts: [x, x]"], "sample_prompts: ['x', 'x']: names something twice"),
-        (["export_method: rtn"], "export_bits: 8.0: needs export_method: gptq"),
+        (["export_method: rtn"], "export_bits: 6.16: needs export_method: gptq"),
         (["export_precision: int8"], "export_method: 'gptq': needs export_precision: int4; for int8 use rtn"),
         (["export_int8_layers: [fc1, fc1]"], "export_int8_layers: ['fc1', 'fc1']: names something twice"),
     ],
