@@ -38,7 +38,7 @@ WAYS = (
     ("int4", "rtn", 16, False, ("qkv_proj", "gate_proj", "up_proj", "down_proj", "lm_head"), None),
     ("int4", "gptq", 32, False, (), None),
     ("int4", "gptq", 32, False, ("lm_head",), None),
-    ("int4", "gptq", 32, False, ("lm_head",), 6.2),
+    ("int4", "gptq", 32, False, ("lm_head",), 6.16),
     ("int4", "gptq", 32, False, ("lm_head",), 7.0),
     ("int4", "gptq", 32, False, ("lm_head",), 8.0),
     ("int8", "rtn", 32, False, (), None),
