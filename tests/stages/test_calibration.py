@@ -96,6 +96,13 @@ def test_parameters_that_the_model_cannot_have_are_one_error(tiny_llama):
     check_grids(products, (FEW, MANY), kept, 10)
 
 
+def test_eight_bits_have_longer_blocks_where_rows_have_room(tiny_llama):
+    products = products_of(loaded(tiny_llama))  # rows of 64 and more
+    for block, longer in ((16, 32), (32, 64), (64, 64)):
+        params = export_params(export_block_size=block, export_symmetric=False)
+        assert grids_of(params, products) == (Grid(4, block, False), Grid(8, longer, True))
+
+
 def test_costs_are_near_the_divergence_that_rounding_brings(folder):
     """Each product rounded alone: the second-order estimate against the divergence of the next tokens."""
     model = loaded(folder)

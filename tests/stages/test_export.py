@@ -51,6 +51,16 @@ def reference_logits(folder) -> np.ndarray:
         return load_model(folder, torch.float32)(torch.tensor([PROMPT])).logits[0].numpy()
 
 
+def stored_scales(path) -> set[int]:
+    """The types in which the quantised products' scales and the rotary positions are stored."""
+    graph = onnx.load(path, load_external_data=False).graph
+    cast = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    names = [node.input[2] for node in graph.node if node.op_type == "MatMulNBits"]
+    assert names
+    return {types[cast[name]] for name in [*names, "cos_cache", "sin_cache"]}
+
+
 def by_genai(folder) -> np.ndarray:
     """The logits after the prompt, by the library that the card on the hub names."""
     model = onnxruntime_genai.Model(str(folder))
@@ -71,6 +81,8 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, precision, near,
     expected = reference_logits(source.folder)
     assert logits.shape == expected.shape
     assert np.abs(logits - expected).max() < near * np.abs(expected).max()
+    if precision.startswith("int"):
+        assert stored_scales(tmp_path / "onnx/model.onnx") == {onnx.TensorProto.FLOAT16}
     assert np.abs(by_genai(tmp_path / "onnx") - logits[-1]).max() < 1e-3 * np.abs(logits[-1]).max()
     # The builder's own commit: not that of the git repository around it, which is another with each of its commits.
     made_by = onnx.load(tmp_path / "onnx/model.onnx", load_external_data=False).producer_version
